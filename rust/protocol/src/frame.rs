@@ -113,6 +113,7 @@ impl FrameBuffer {
     ///
     /// # Errors
     /// Any [`FrameError`]; the stream is then unusable.
+    #[expect(clippy::should_implement_trait, reason = "the message type is the caller's and an error is possible")]
     pub fn next<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
         let pending = self.bytes.get(self.start..).unwrap_or_default();
         let Some((prefix, rest)) = pending.split_first_chunk::<PREFIX>() else {
