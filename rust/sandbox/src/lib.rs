@@ -19,6 +19,8 @@ mod sandbox;
 pub mod signals;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use error::{Interrupted, SandboxError, VmmCrash};
 pub use exec::{Exited, Input, Output, Streams};

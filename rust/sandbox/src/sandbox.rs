@@ -2,7 +2,7 @@
 
 use crate::deadline::Deadline;
 use crate::error::SandboxError;
-use crate::exec::{self, Ending, Exited, Streams};
+use crate::exec::{Command, Ending, Exited, Streams};
 use crate::monitor::{Ready, Shared, State};
 use crate::process::VmmProcess;
 use crate::{Check, Interrupted, VmmCrash};
@@ -54,7 +54,7 @@ pub struct Launch {
 }
 
 /// How long each step of a start took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Timings {
     /// From the call of [`Sandbox::launch`] until the VMM process was spawned.
     pub spawned: Duration,
@@ -116,18 +116,8 @@ impl Sandbox {
         // Our copy of the VMM's end would hide its death from us.
         drop(vmm_end);
         let shared = Shared::watch(control, process).map_err(SandboxError::io("monitor thread"))?;
-        let mut sandbox = Sandbox {
-            shared,
-            next_stream: AtomicU32::new(0),
-            owner: std::process::id(),
-            kernel: String::new(),
-            timings: Timings {
-                spawned: begun.elapsed(),
-                started: Duration::ZERO,
-                ready: Duration::ZERO,
-                launched: Duration::ZERO,
-            },
-        };
+        let mut sandbox = Sandbox::over(shared);
+        sandbox.timings.spawned = begun.elapsed();
 
         let files = std::iter::once(launch.kernel.as_fd())
             .chain(launch.initrd.as_ref().map(AsFd::as_fd))
@@ -145,7 +135,7 @@ impl Sandbox {
     /// Runs one command to its end. Any number of threads may do so at once.
     ///
     /// `request.stdin` is set from `streams`. A time limit is enforced in the guest, and here as well, a grace
-    /// later, in case the guest does not. See [`exec`] for what happens to the streams.
+    /// later, in case the guest does not. See [`crate::exec`] for what happens to the streams.
     ///
     /// # Errors
     /// [`SandboxError::Exec`] if the command cannot be started; [`SandboxError::Config`] if the request is not
@@ -154,9 +144,9 @@ impl Sandbox {
     pub fn exec(&self, request: ExecRequest, streams: Streams, check: Check<'_>) -> Result<Exited, SandboxError> {
         let begun = Instant::now();
         self.owned()?;
-        exec::validate(&request)?;
+        let command = Command::new(request, streams)?;
         let stream = self.connect(EXEC_PORT, CONNECT_LIMIT, check)?;
-        match exec::run(stream, request, streams, begun, check)? {
+        match command.run(stream, begun, check)? {
             Ending::Exited(exited) => Ok(exited),
             Ending::Lost => Err(self.lost(check)?),
         }
@@ -227,6 +217,17 @@ impl Sandbox {
     pub fn open_stream(&self, port: u32, check: Check<'_>) -> Result<OwnedFd, SandboxError> {
         self.owned()?;
         self.connect(port, CONNECT_LIMIT, check)
+    }
+
+    /// A sandbox over a VMM that has not been asked for anything yet.
+    pub(crate) fn over(shared: Arc<Shared>) -> Sandbox {
+        Sandbox {
+            shared,
+            next_stream: AtomicU32::new(0),
+            owner: std::process::id(),
+            kernel: String::new(),
+            timings: Timings::default(),
+        }
     }
 
     fn wait_ready(&self, limit: Duration, check: Check<'_>) -> Result<Ready, SandboxError> {

@@ -18,7 +18,8 @@ mod pump;
 use crate::Check;
 use crate::error::SandboxError;
 use crate::signals::SignalSender;
-use microvm_protocol::agent::{ExecRequest, ExitStatus};
+use microvm_protocol::agent::{ExecRequest, ExitStatus, ToAgent};
+use microvm_protocol::frame;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -86,19 +87,35 @@ pub(crate) enum Ending {
     Lost,
 }
 
-/// Runs `request` over `stream`, which is closed at the end.
-pub(crate) fn run(
-    stream: OwnedFd,
-    request: ExecRequest,
+/// A command that may be sent to an agent: valid, and short enough for a frame.
+pub(crate) struct Command {
+    /// The encoded request.
+    opening: Vec<u8>,
+    /// When the host enforces the time limit.
+    limit: Option<Duration>,
     streams: Streams,
-    begun: Instant,
-    check: Check<'_>,
-) -> Result<Ending, SandboxError> {
-    pump::Pump::new(stream, request, streams, begun)?.run(check)
+}
+
+impl Command {
+    pub fn new(mut request: ExecRequest, streams: Streams) -> Result<Command, SandboxError> {
+        validate(&request)?;
+        request.stdin = !matches!(streams.stdin, Input::Null);
+        let limit = request.timeout_ms.map(|ms| Duration::from_millis(ms).saturating_add(TIMEOUT_GRACE));
+        let opening = frame::encode_prefixed(&ToAgent::Exec(request)).map_err(|error| SandboxError::Config {
+            field: Some("argv"),
+            message: format!("argv, env and cwd are too long together: {error}; hint: pass long input as standard input"),
+        })?;
+        Ok(Command { opening, limit, streams })
+    }
+
+    /// Runs it over `stream`, which is closed at the end. `begun` is when the caller asked for it.
+    pub fn run(self, stream: OwnedFd, begun: Instant, check: Check<'_>) -> Result<Ending, SandboxError> {
+        pump::Pump::new(stream, self, begun).run(check)
+    }
 }
 
 /// Refuses what no guest could run. (The agent checks again.)
-pub(crate) fn validate(request: &ExecRequest) -> Result<(), SandboxError> {
+fn validate(request: &ExecRequest) -> Result<(), SandboxError> {
     let refuse = |field: &'static str, message: String| Err(SandboxError::Config { field: Some(field), message });
     if request.argv.is_empty() {
         return refuse("argv", "argv is empty: at least the program's name".into());

@@ -1,13 +1,13 @@
 //! The loop that moves one command's bytes, signals and status.
 
 use super::ends::{Chunk, Sink, SinkError, Source};
-use super::{CAPTURE_LIMIT, Ending, Exited, Input, Streams, TIMEOUT_GRACE};
+use super::{CAPTURE_LIMIT, Command, Ending, Exited};
 use crate::Check;
 use crate::deadline::Deadline;
 use crate::error::SandboxError;
 use crate::signals::SignalSender;
-use microvm_protocol::agent::{ExecRequest, ExitStatus, FromAgent, ToAgent};
-use microvm_protocol::frame::{self, FrameBuffer, FrameError, MAX_CHUNK};
+use microvm_protocol::agent::{ExitStatus, FromAgent, ToAgent};
+use microvm_protocol::frame::{self, FrameBuffer, MAX_CHUNK};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -58,20 +58,11 @@ enum Read {
 }
 
 impl Pump {
-    pub fn new(
-        stream: OwnedFd,
-        mut request: ExecRequest,
-        streams: Streams,
-        begun: Instant,
-    ) -> Result<Pump, SandboxError> {
-        request.stdin = !matches!(streams.stdin, Input::Null);
-        let deadline = request
-            .timeout_ms
-            .map(|ms| Deadline::after(Duration::from_millis(ms).saturating_add(TIMEOUT_GRACE)));
-        let outgoing = frame::encode_prefixed(&ToAgent::Exec(request)).map_err(too_long)?;
-        Ok(Pump {
+    pub fn new(stream: OwnedFd, command: Command, begun: Instant) -> Pump {
+        let Command { opening, limit, streams } = command;
+        Pump {
             stream,
-            outgoing,
+            outgoing: opening,
             sent: 0,
             writable: true,
             incoming: FrameBuffer::default(),
@@ -81,9 +72,9 @@ impl Pump {
             stderr: Sink::new(streams.stderr),
             signals: streams.signals,
             begun,
-            deadline,
+            deadline: limit.map(Deadline::after),
             exited: None,
-        })
+        }
     }
 
     pub fn run(mut self, check: Check<'_>) -> Result<Ending, SandboxError> {
@@ -202,7 +193,8 @@ impl Pump {
     }
 
     fn queue(&mut self, message: &ToAgent) -> Result<(), Stop> {
-        let bytes = frame::encode_prefixed(message).map_err(too_long).map_err(Stop::from)?;
+        let bytes = frame::encode_prefixed(message)
+            .map_err(|error| SandboxError::Protocol { peer: "the client", message: error.to_string() })?;
         if self.unsent() == 0 {
             self.outgoing = bytes;
         } else {
@@ -307,11 +299,4 @@ fn stop(stream: &'static str, error: SinkError) -> Stop {
 
 fn broken(message: String) -> Stop {
     SandboxError::Protocol { peer: "the agent", message }.into()
-}
-
-fn too_long(error: FrameError) -> SandboxError {
-    SandboxError::Config {
-        field: Some("argv"),
-        message: format!("argv, env and cwd are too long together: {error}; hint: pass long input as standard input"),
-    }
 }
