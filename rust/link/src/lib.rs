@@ -57,12 +57,8 @@ impl ControlSocket {
     /// # Errors
     /// The system's, usually for want of descriptors.
     pub fn pair() -> io::Result<(ControlSocket, OwnedFd)> {
-        let (here, there) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let (here, there) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((ControlSocket { socket: here }, there))
     }
 
@@ -71,8 +67,8 @@ impl ControlSocket {
     /// # Errors
     /// `InvalidInput` if it is anything else.
     pub fn from_fd(socket: OwnedFd) -> io::Result<ControlSocket> {
-        let kind = sockopt::socket_type(&socket)
-            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "not a socket"))?;
+        let kind =
+            sockopt::socket_type(&socket).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "not a socket"))?;
         if kind != SocketType::SEQPACKET {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a SOCK_SEQPACKET socket"));
         }

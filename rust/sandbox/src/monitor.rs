@@ -4,10 +4,10 @@
 //! and the only one who reaps, so that the death of the VMM wakes every waiter at once and leaves no zombie.
 //! It ends with the VMM; the VMM ends when the control socket does.
 
+use crate::Check;
 use crate::deadline::Deadline;
 use crate::error::{Interrupted, SandboxError, VmmCrash};
 use crate::process::{VmmProcess, with_signals_blocked};
-use crate::Check;
 use microvm_link::{ControlSocket, LinkError};
 use microvm_protocol::control::{CONSOLE_TAIL, EndReport, Event};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -128,7 +128,10 @@ impl Shared {
         let shared = Arc::new(Shared { control, process, state: Mutex::default(), changed: Condvar::new() });
         let watched = Arc::clone(&shared);
         let started = with_signals_blocked(|| {
-            thread::Builder::new().name("microvm-monitor".into()).stack_size(256 << 10).spawn(move || Monitor::new(&watched).run())
+            thread::Builder::new()
+                .name("microvm-monitor".into())
+                .stack_size(256 << 10)
+                .spawn(move || Monitor::new(&watched).run())
         });
         match started {
             Ok(_detached) => Ok(shared),

@@ -126,9 +126,7 @@ impl Attributes {
         check(unsafe { libc::posix_spawnattr_init(attributes.as_mut_ptr()) })?;
         // SAFETY: initialised by the call above.
         let mut attributes = Attributes(unsafe { attributes.assume_init() });
-        let flags = i32::from(libc::POSIX_SPAWN_SETSID)
-            | libc::POSIX_SPAWN_SETSIGMASK
-            | libc::POSIX_SPAWN_SETSIGDEF;
+        let flags = i32::from(libc::POSIX_SPAWN_SETSID) | libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
         let flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
         let none = signal_set(false);
         let all = signal_set(true);
@@ -151,12 +149,7 @@ impl Drop for Attributes {
 
 /// Spawns with vfork semantics: this process's memory is neither copied nor marked copy-on-write, which for a
 /// large Python process would take longer than a VM needs to boot.
-fn posix_spawn(
-    program: &CStr,
-    arguments: &[&CStr],
-    actions: &FileActions,
-    attributes: &Attributes,
-) -> io::Result<Pid> {
+fn posix_spawn(program: &CStr, arguments: &[&CStr], actions: &FileActions, attributes: &Attributes) -> io::Result<Pid> {
     let mut argv: Vec<*mut libc::c_char> = vec![program.as_ptr().cast_mut()];
     argv.extend(arguments.iter().map(|argument| argument.as_ptr().cast_mut()));
     argv.push(ptr::null_mut());

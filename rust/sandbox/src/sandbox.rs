@@ -102,11 +102,7 @@ impl Sandbox {
     /// [`SandboxError::Interrupted`]. No process is left behind in any case.
     pub fn launch(launch: Launch, check: Check<'_>) -> Result<Sandbox, SandboxError> {
         let begun = Instant::now();
-        let spec = MachineSpec {
-            initrd: launch.initrd.is_some(),
-            console: launch.console.is_some(),
-            ..launch.spec
-        };
+        let spec = MachineSpec { initrd: launch.initrd.is_some(), console: launch.console.is_some(), ..launch.spec };
         validate(&spec, launch.drives.len())?;
 
         let (control, vmm_end) = ControlSocket::pair().map_err(SandboxError::io("control socket"))?;
@@ -326,10 +322,7 @@ impl Drop for Sandbox {
 }
 
 fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected
-    )
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected)
 }
 
 /// What can be known to be wrong before a process is started; the VMM checks everything again.

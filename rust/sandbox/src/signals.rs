@@ -49,7 +49,11 @@ impl SignalSender {
         // Empty the counter first: a signal sent in between wakes the reader again.
         let _ = rustix::io::read(&self.shared.wake, &mut [0u8; 8]);
         let pending = self.shared.pending.swap(0, Ordering::SeqCst);
-        (1i32..).zip(0u32..64).filter(|(_, bit)| pending.rotate_right(*bit) & 1 == 1).map(|(signal, _)| signal).collect()
+        (1i32..)
+            .zip(0u32..64)
+            .filter(|(_, bit)| pending.rotate_right(*bit) & 1 == 1)
+            .map(|(signal, _)| signal)
+            .collect()
     }
 
     /// Readable when a signal is pending.

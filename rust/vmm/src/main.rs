@@ -35,7 +35,9 @@ fn main() -> ExitCode {
     let control = match ControlSocket::from_fd(socket) {
         Ok(control) => control,
         Err(error) => {
-            eprintln!("microvm-vmm: descriptor {CONTROL_FD} is no control socket ({error}); hint: this program is started by `microvm`, not by hand");
+            eprintln!(
+                "microvm-vmm: descriptor {CONTROL_FD} is no control socket ({error}); hint: this program is started by `microvm`, not by hand"
+            );
             return ExitCode::from(2);
         }
     };

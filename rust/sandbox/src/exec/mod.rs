@@ -103,7 +103,9 @@ impl Command {
         let limit = request.timeout_ms.map(|ms| Duration::from_millis(ms).saturating_add(TIMEOUT_GRACE));
         let opening = frame::encode_prefixed(&ToAgent::Exec(request)).map_err(|error| SandboxError::Config {
             field: Some("argv"),
-            message: format!("argv, env and cwd are too long together: {error}; hint: pass long input as standard input"),
+            message: format!(
+                "argv, env and cwd are too long together: {error}; hint: pass long input as standard input"
+            ),
         })?;
         Ok(Command { opening, limit, streams })
     }
@@ -121,7 +123,10 @@ fn validate(request: &ExecRequest) -> Result<(), SandboxError> {
         return refuse("argv", "argv is empty: at least the program's name".into());
     }
     if let Some(bad) = request.argv.iter().find(|word| word.contains(&0)) {
-        return refuse("argv", format!("argv has a NUL byte in {:?}: arguments end at one", String::from_utf8_lossy(bad)));
+        return refuse(
+            "argv",
+            format!("argv has a NUL byte in {:?}: arguments end at one", String::from_utf8_lossy(bad)),
+        );
     }
     for (name, value) in &request.env {
         if name.is_empty() || name.contains(&b'=') || name.contains(&0) {

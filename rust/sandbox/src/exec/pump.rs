@@ -146,8 +146,7 @@ impl Pump {
     /// Waits for at most one slice.
     fn wait(&self) -> Result<Vec<Wanted>, Stop> {
         let interests = self.interests();
-        let mut fds: Vec<_> =
-            interests.iter().map(|(_, fd, events)| PollFd::from_borrowed_fd(*fd, *events)).collect();
+        let mut fds: Vec<_> = interests.iter().map(|(_, fd, events)| PollFd::from_borrowed_fd(*fd, *events)).collect();
         let left = self.deadline.map_or(SLICE, |deadline| deadline.left().min(SLICE));
         let timeout = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
         match poll(&mut fds, Some(&timeout)) {
