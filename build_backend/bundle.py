@@ -1,14 +1,17 @@
-"""Builds and gathers what the wheel carries beside the extension module. ``python -m build_backend.bundle`` does only that."""
+"""Builds and gathers what the wheel carries beside the extension module.
+
+``python -m build_backend.bundle`` does only that.
+"""
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "python" / "microvm" / "_bundle"
@@ -92,7 +95,9 @@ def copy_kernels() -> None:
     for flavour in required or FLAVOURS:
         found = find_kernel(flavour)
         if found is None:
-            message = f"no {flavour} kernel for these sources in the cache; build it with `microvm kernel build {flavour}`"
+            message = (
+                f"no {flavour} kernel for these sources in the cache; build it with `microvm kernel build {flavour}`"
+            )
             if required:
                 raise SystemExit(f"microvm: {message}")
             print(f"microvm: the wheel carries {message}", file=sys.stderr, flush=True)
@@ -105,7 +110,15 @@ def copy_kernels() -> None:
 
 def find_kernel(flavour: str) -> Path | None:
     """The folder in the user's cache with the kernel that the current sources make, if it was built."""
-    raise NotImplementedError
+    script = str(KERNEL_SOURCE / "build")
+    loader = importlib.machinery.SourceFileLoader("kernel_build", script)
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    if spec is None:
+        raise SystemExit(f"microvm: {script} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    found: Path | None = module.cached(flavour)
+    return found
 
 
 if __name__ == "__main__":

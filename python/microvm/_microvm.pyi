@@ -1,7 +1,7 @@
 """The extension module (rust/python): conversion, signal checks and errors, nothing else. Private to the package."""
 
-from collections.abc import Callable
-from typing import Literal, final
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, final
 
 __version__: str
 
@@ -82,7 +82,7 @@ class Sandbox:
         profile_us: int | None,
         boot_timeout: float,
     ) -> Sandbox:
-        """Starts a machine and waits for its agent. ``drives`` are (descriptor, read_only); descriptors are duplicated."""
+        """Starts a machine, waits for its agent. ``drives``: (descriptor, read_only); descriptors are duplicated."""
 
     def exec(
         self,
@@ -100,12 +100,215 @@ class Sandbox:
     def stop(self, timeout: float) -> None: ...
     def kill(self) -> None: ...
     @property
-    def status(self) -> str: ...
+    def status(self) -> Literal["running", "ended", "crashed"]: ...
     @property
     def kernel(self) -> str: ...
     @property
-    def timings(self) -> tuple[int, int]:
-        """Microseconds from the start of the VMM to the running vCPU, and to the agent's first words."""
+    def timings(self) -> tuple[float, float, float, float]:
+        """Seconds: launch to spawned, VMM's start to vCPUs running and to agent ready, launch to its end."""
 
     def console_tail(self) -> bytes: ...
     def profile(self) -> list[tuple[int, int]]: ...
+
+Segment: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int]
+
+@final
+class Vm:
+    """A machine without devices, in this process."""
+
+    def __new__(cls, memory: int, cpus: int, kick_signal: int | None) -> Vm: ...
+    @property
+    def size(self) -> int: ...
+    def read(self, address: int, length: int) -> bytes: ...
+    def write(self, address: int, data: bytes) -> None: ...
+    def vcpu(self, index: int) -> Vcpu: ...
+
+@final
+class Vcpu:
+    """One virtual CPU; one thread at a time."""
+
+    def run(self, timeout: float | None) -> Exit: ...
+    def answer(self, data: bytes) -> None: ...
+    def kick(self) -> None: ...
+    def regs(self) -> list[int]: ...
+    def set_regs(self, regs: Sequence[int]) -> None: ...
+    def sregs(self) -> tuple[list[Segment], list[tuple[int, int]], list[int]]: ...
+    def set_sregs(
+        self, segments: Sequence[Segment], tables: Sequence[tuple[int, int]], control: Sequence[int]
+    ) -> None: ...
+    def translate(self, address: int) -> int | None: ...
+
+@final
+class IoIn:
+    """The guest reads a port; answer with ``size * count`` bytes."""
+
+    __match_args__ = ("port", "size")
+    def __new__(cls, port: int, size: int, count: int) -> IoIn: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class IoOut:
+    """The guest writes a port; several values of ``size`` bytes for ``rep outs``."""
+
+    __match_args__ = ("port", "data")
+    def __new__(cls, port: int, data: bytes, size: int) -> IoOut: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def size(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class MmioRead:
+    """The guest reads where there is no memory; answer with ``size`` bytes."""
+
+    __match_args__ = ("address", "size")
+    def __new__(cls, address: int, size: int) -> MmioRead: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class MmioWrite:
+    """The guest writes where there is no memory."""
+
+    __match_args__ = ("address", "data")
+    def __new__(cls, address: int, data: bytes) -> MmioWrite: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def data(self) -> bytes: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Halt:
+    """HLT."""
+
+    __match_args__ = ()
+    def __new__(cls) -> Halt: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Shutdown:
+    """Triple fault."""
+
+    __match_args__ = ()
+    def __new__(cls) -> Shutdown: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class SystemEvent:
+    """The guest asked KVM for an end or a reset."""
+
+    __match_args__ = ("kind",)
+    def __new__(cls, kind: int) -> SystemEvent: ...
+    @property
+    def kind(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Debug:
+    """A breakpoint or single step of the host."""
+
+    __match_args__ = ("address", "exception")
+    def __new__(cls, address: int, exception: int) -> Debug: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def exception(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class InternalError:
+    """KVM cannot go on with this guest."""
+
+    __match_args__ = ("suberror", "message")
+    def __new__(cls, suberror: int, data: list[int], instruction: bytes | None, message: str) -> InternalError: ...
+    @property
+    def suberror(self) -> int: ...
+    @property
+    def data(self) -> list[int]: ...
+    @property
+    def instruction(self) -> bytes | None: ...
+    @property
+    def message(self) -> str: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class FailEntry:
+    """The processor refused the guest's state."""
+
+    __match_args__ = ("reason",)
+    def __new__(cls, reason: int, cpu: int) -> FailEntry: ...
+    @property
+    def reason(self) -> int: ...
+    @property
+    def cpu(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class MemoryFault:
+    """Guest memory could not be given."""
+
+    __match_args__ = ("address", "size")
+    def __new__(cls, flags: int, address: int, size: int) -> MemoryFault: ...
+    @property
+    def flags(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Interrupted:
+    """``kick`` was called, or a signal came whose handler did not raise."""
+
+    __match_args__ = ()
+    def __new__(cls) -> Interrupted: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Timeout:
+    """The time given to ``run`` is over."""
+
+    __match_args__ = ()
+    def __new__(cls) -> Timeout: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Unexpected:
+    """An exit that this library never asks for."""
+
+    __match_args__ = ("what",)
+    def __new__(cls, what: str) -> Unexpected: ...
+    @property
+    def what(self) -> str: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+Exit: TypeAlias = (
+    IoIn
+    | IoOut
+    | MmioRead
+    | MmioWrite
+    | Halt
+    | Shutdown
+    | SystemEvent
+    | Debug
+    | InternalError
+    | FailEntry
+    | MemoryFault
+    | Interrupted
+    | Timeout
+    | Unexpected
+)

@@ -56,8 +56,8 @@ def parse_size(size: Size, field: str = "size") -> int:
     numeric = whole.isascii() and whole.isdigit() and (not point or (fraction.isascii() and fraction.isdigit()))
     if unit not in _UNITS or not numeric or len(digits) > 40:
         raise ConfigError(field, repr(size), _SIZE_FORM)
-    scaled = int(whole + fraction) << _UNITS[unit]
-    value, remainder = divmod(scaled, 10 ** len(fraction))
+    scale: int = 10 ** len(fraction)
+    value, remainder = divmod(int(whole + fraction) << _UNITS[unit], scale)
     if remainder or value >= _LARGEST_SIZE:
         raise ConfigError(field, repr(size), _SIZE_FORM + "; a whole number of bytes below 8E")
     return value
@@ -107,7 +107,9 @@ def encode_env(env: Environment, field: str = "env") -> list[tuple[bytes, bytes]
     for name, value in env.items():
         name_bytes, value_bytes = os.fsencode(name), os.fsencode(value)
         if not name_bytes or b"=" in name_bytes:
-            raise ConfigError(field, repr(name), "names that are not empty and have no '=' (illegal environment variable name)")
+            raise ConfigError(
+                field, repr(name), "names that are not empty and have no '=' (illegal environment variable name)"
+            )
         if b"\0" in name_bytes or b"\0" in value_bytes:
             raise ConfigError(field, f"{name!r}={value!r}", "names and values without NUL (embedded null byte)")
         encoded.append((name_bytes, value_bytes))

@@ -18,6 +18,7 @@ __all__ = [
     "BootError",
     "CommandNotExecutable",
     "CommandNotFound",
+    "CommandNotLoadable",
     "ConfigError",
     "ExecError",
     "ExecTimeout",
@@ -30,6 +31,7 @@ __all__ = [
     "MicrovmError",
     "SandboxExited",
     "VmCrashed",
+    "WorkdirError",
     "WorkdirNotADirectory",
     "WorkdirNotFound",
 ]
@@ -41,7 +43,8 @@ class MicrovmError(Exception):
     code = "error"
 
     def __init__(self, message: str, *, hint: str | None = None, log_tail: str | None = None) -> None:
-        super().__init__(message)
+        # Not super(): a subclass that is also one of Python's has an initializer with other arguments.
+        Exception.__init__(self, message)
         self.message = message
         self.hint = hint
         self.log_tail = log_tail
@@ -75,6 +78,13 @@ class ConfigError(MicrovmError, ValueError):
         self.field = field
         self.value = value
         self.allowed = allowed
+
+    @classmethod
+    def refused(cls, field: str, message: str, hint: str | None) -> ConfigError:
+        """A refusal by the machine itself, which has said everything in one sentence."""
+        error = cls(field, "refused", message, hint=hint)
+        error.message = message
+        return error
 
 
 class KvmUnavailable(MicrovmError):
@@ -186,14 +196,27 @@ class CommandNotExecutable(ExecError, PermissionError):
     default_number = _errno.EACCES
 
 
-class WorkdirNotFound(ExecError, FileNotFoundError):
+class CommandNotLoadable(ExecError):
+    """The program may be executed and is none: no interpreter, no format that the guest's kernel knows."""
+
+    code = "command_not_loadable"
+    default_number = _errno.ENOEXEC
+
+
+class WorkdirError(ExecError):
+    """The working directory cannot be entered."""
+
+    code = "workdir"
+
+
+class WorkdirNotFound(WorkdirError, FileNotFoundError):
     """The working directory does not exist in the guest."""
 
     code = "workdir_not_found"
     default_number = _errno.ENOENT
 
 
-class WorkdirNotADirectory(ExecError, NotADirectoryError):
+class WorkdirNotADirectory(WorkdirError, NotADirectoryError):
     """The working directory exists in the guest and is something else."""
 
     code = "workdir_not_a_directory"

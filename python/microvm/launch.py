@@ -41,7 +41,7 @@ def _program(variable: str, name: str) -> str:
 
 
 def choose_kernel(config: SandboxConfig, backend: _microvm.Backend, progress: Progress | None = None) -> str:
-    """The guest kernel's path: the one asked for, else ``MICROVM_KERNEL``, else ours for this backend, built if need be."""
+    """The guest kernel's path: the given one, else ``MICROVM_KERNEL``, else ours for this backend, built if need be."""
     given = config.kernel or environment.get("MICROVM_KERNEL")
     if given:
         return given
@@ -104,7 +104,7 @@ def _read(path: str, field: str) -> bytes:
 
 
 def _initrd(user_initrd: str | None, modules: list[tuple[str, bytes]]) -> int:
-    """A file in memory: the user's archive first, so that its files are there, then ours, so that our ``/init`` wins."""
+    """A file in memory: the user's archive, and then ours, so that our ``/init`` wins."""
     archives = [] if user_initrd is None else [_read(user_initrd, "initrd")]
     archives.append(_microvm.initramfs(_read(agent_path(), "MICROVM_AGENT"), modules))
     descriptor = os.memfd_create("microvm-initrd", os.MFD_CLOEXEC)

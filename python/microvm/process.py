@@ -17,7 +17,7 @@ Text = TypeVar("Text", str, bytes)
 class CompletedProcess(subprocess.CompletedProcess[Text], Generic[Text]):
     """A :class:`subprocess.CompletedProcess` with ``duration``, the seconds between start and end."""
 
-    def __init__(self, args: Any, returncode: int, stdout: Text | None, stderr: Text | None, duration: float) -> None:
+    def __init__(self, args: Any, returncode: int, stdout: Any, stderr: Any, duration: float) -> None:
         super().__init__(args, returncode, stdout, stderr)
         self.duration = duration
 

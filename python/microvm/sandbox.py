@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from subprocess import DEVNULL, PIPE, STDOUT
-from typing import IO, TYPE_CHECKING, Any, Literal, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, Self, overload
 
 from microvm.config import SandboxConfig, encode_env, encode_path, encode_words, parse_duration
 from microvm.exceptions import ConfigError
@@ -70,7 +70,7 @@ class Sandbox:
         )
         self._machine: Machine = launch(self.config, progress)
 
-    def __enter__(self) -> Sandbox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -187,7 +187,7 @@ class Sandbox:
 
     @property
     def status(self) -> str:
-        """``"running"`` or ``"ended"``."""
+        """``"running"``, ``"ended"`` or ``"crashed"``."""
         return self._machine.status
 
     @property
@@ -197,12 +197,15 @@ class Sandbox:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds from the start of the machine's process until its vCPU ran and until it took commands."""
-        started_us, ready_us = self._machine.timings
-        return {"started": started_us / 1e6, "ready": ready_us / 1e6}
+        """How long starting took, in seconds.
+
+        ``spawned`` and ``launched`` count from the beginning of the launch; ``started`` (the vCPUs run) and
+        ``ready`` (the agent speaks) from the start of the machine's process.
+        """
+        return dict(zip(("spawned", "started", "ready", "launched"), self._machine.timings, strict=True))
 
     def console(self) -> str:
-        """The last 16 KiB of the serial console."""
+        """The last 16 KiB of the serial console, once the machine has ended."""
         return self._machine.console_tail().decode("utf-8", "replace")
 
 

@@ -16,8 +16,7 @@ from microvm.exceptions import (
     ExecError,
     MicrovmError,
     SandboxExited,
-    WorkdirNotADirectory,
-    WorkdirNotFound,
+    WorkdirError,
 )
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ class _Run:
     def refused(self, error: ExecError) -> int:
         """The exit codes of a command that could not be started, as docker has them."""
         report.failure(error.message, error.code, error.hint, None, self.as_json)
-        if isinstance(error, WorkdirNotFound | WorkdirNotADirectory):
+        if isinstance(error, WorkdirError):
             return NOT_EXECUTABLE
         if isinstance(error, CommandNotFound):
             return NOT_FOUND
@@ -231,7 +230,7 @@ def _environment(words: tuple[str, ...], files: tuple[str, ...]) -> dict[str, st
 
 
 def _as_dict(words: list[bytes], exited: Exited, machine: Sandbox, code: int) -> dict[str, Any]:
-    started_us, ready_us = machine.timings
+    _, started, ready, _ = machine.timings
     return {
         "args": [os.fsdecode(word) for word in words],
         "exit_code": code,
@@ -241,8 +240,8 @@ def _as_dict(words: list[bytes], exited: Exited, machine: Sandbox, code: int) ->
         **_text_or_base64("stderr", exited.stderr),
         "duration": exited.duration,
         "kernel": machine.kernel,
-        "started": started_us / 1e6,
-        "ready": ready_us / 1e6,
+        "started": started,
+        "ready": ready,
     }
 
 
