@@ -64,20 +64,24 @@ pub(crate) fn load(kernel: &dyn Source, memory: &GuestMemoryMmap) -> Result<Load
     Ok(Loaded { entry, end })
 }
 
+/// Entry point as the file gives it, and the segments, whose contents lie within the file.
 fn parse(kernel: &dyn Source) -> Result<(u64, Vec<Segment>), BootError> {
     if kernel.length() < HEADER as u64 {
         return Err(truncated("the ELF header", HEADER as u64, kernel.length()));
     }
     let mut header = [0; HEADER];
     kernel.read(0, &mut header)?;
+    if !header.starts_with(&MAGIC) {
+        return Err(BootError::UnknownKernel { magic: header.iter().take(MAGIC.len()).copied().collect() });
+    }
     let expect = |field: &str, value: u64, wanted: u64, meaning: &str| {
-        if value == wanted { Ok(()) } else { Err(BootError::field(INPUT, field, value, format!("it must be {wanted} ({meaning})"))) }
+        let refuse = || BootError::field(INPUT, field, value, format!("it must be {wanted}: {meaning}"));
+        (value == wanted).then_some(()).ok_or_else(refuse)
     };
-    expect("EI_MAG", u64::from(u32_at(&header, 0)), u64::from(u32::from_le_bytes(MAGIC)), "\\x7fELF")?;
-    expect("EI_CLASS", u64::from(u8_at(&header, 4)), CLASS_64, "64-bit; hint: 32-bit kernels are not supported")?;
+    expect("EI_CLASS", u64::from(u8_at(&header, 4)), CLASS_64, "64-bit (32-bit kernels are not supported)")?;
     expect("EI_DATA", u64::from(u8_at(&header, 5)), LITTLE_ENDIAN, "little-endian")?;
-    expect("e_type", u64::from(u16_at(&header, 16)), TYPE_EXECUTABLE, "ET_EXEC; hint: a kernel is linked to fixed addresses")?;
-    expect("e_machine", u64::from(u16_at(&header, 18)), MACHINE_X86_64, "EM_X86_64; hint: this kernel is for another architecture")?;
+    expect("e_type", u64::from(u16_at(&header, 16)), TYPE_EXECUTABLE, "linked to fixed addresses, as a kernel is")?;
+    expect("e_machine", u64::from(u16_at(&header, 18)), MACHINE_X86_64, "x86-64")?;
     expect("e_phentsize", u64::from(u16_at(&header, 54)), PROGRAM_HEADER as u64, "the size of Elf64_Phdr")?;
     let count = u16_at(&header, 56);
     if count == 0 || count > PROGRAM_HEADERS_MAX {

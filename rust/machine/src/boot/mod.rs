@@ -100,3 +100,6 @@ fn expect_elf(kernel: &FileSource<'_>) -> Result<(), BootError> {
     kernel.read(0, magic)?;
     if *magic == elf::MAGIC { Ok(()) } else { Err(BootError::UnknownKernel { magic: magic.to_vec() }) }
 }
+
+#[cfg(test)]
+mod tests;

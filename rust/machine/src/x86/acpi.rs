@@ -147,3 +147,81 @@ fn edge(irq: u32) -> aml::Interrupt {
     let (consumer, edge_triggered, active_low, shared) = (true, true, false, false);
     aml::Interrupt::new(consumer, edge_triggered, active_low, shared, irq)
 }
+
+#[cfg(test)]
+#[expect(clippy::arithmetic_side_effects, reason = "test data is small")]
+mod tests {
+    use super::*;
+    use crate::memory::ram;
+    use proptest::prelude::*;
+
+    fn read(memory: &GuestMemoryMmap, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+        u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
+    }
+
+    /// A table by its address, its signature and checksum checked.
+    fn table(memory: &GuestMemoryMmap, address: u64, signature: &[u8; 4]) -> Vec<u8> {
+        let length: u32 = memory.read_obj(GuestAddress(address + 4)).unwrap();
+        let table = read(memory, address, length as usize);
+        assert_eq!((&table[..4], sum(&table)), (&signature[..], 0));
+        table
+    }
+
+    fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+        haystack.windows(needle.len()).any(|window| window == needle)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn write_gives_tables_that_lead_to_every_vcpu_and_window(
+            vcpus in 1u8..=32,
+            windows in prop::collection::vec((0u64..1 << 20, 5u32..24), 0..20),
+        ) {
+            let devices: Vec<MmioWindow> =
+                windows.iter().map(|(page, irq)| MmioWindow { base: page << 12, size: 0x1000, irq: *irq }).collect();
+            let memory = ram(2 << 20).unwrap();
+            let root = read(&memory, write(&memory, vcpus, &devices).unwrap(), 36);
+            prop_assert_eq!((&root[..8], sum(&root), sum(&root[..20])), (&b"RSD PTR "[..], 0, 0));
+            let xsdt = table(&memory, u64_at(&root, 24), b"XSDT");
+            let fadt = table(&memory, u64_at(&xsdt, 36), b"FACP");
+            let madt = table(&memory, u64_at(&xsdt, 44), b"APIC");
+            let dsdt = table(&memory, u64_at(&fadt, 140), b"DSDT");
+            prop_assert_eq!(madt.len(), 44 + 8 * usize::from(vcpus) + 12);
+            for (number, device) in devices.iter().enumerate() {
+                let name = format!("VR{number:02X}");
+                prop_assert!(contains(&dsdt, name.as_bytes()));
+                let mut resources = vec![0x86, 9, 0, 1];
+                resources.extend((device.base as u32).to_le_bytes());
+                resources.extend(0x1000u32.to_le_bytes());
+                resources.extend([0x89, 6, 0, 0b11, 1]);
+                resources.extend(device.irq.to_le_bytes());
+                prop_assert!(contains(&dsdt, &resources));
+            }
+        }
+    }
+
+    #[test]
+    fn write_of_windows_that_acpi_cannot_describe_is_refused() {
+        let window = |base, size| MmioWindow { base, size, irq: 5 };
+        for (devices, field) in [
+            (vec![window(1 << 32, 0x1000)], "base of window 0"),
+            (vec![window(0, 0x1000), window(0, 1 << 32)], "size of window 1"),
+            (vec![window(0, 0x1000); DEVICES_MAX + 1], "their number"),
+        ] {
+            let error = write(&ram(2 << 20).unwrap(), 1, &devices).unwrap_err();
+            assert!(matches!(&error, BootError::Field { field: named, .. } if named == field), "{error}");
+        }
+    }
+}

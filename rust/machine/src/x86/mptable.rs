@@ -122,3 +122,62 @@ fn set_checksum(bytes: &mut [u8], at: usize) {
         *byte = byte.wrapping_sub(sum);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::ram;
+
+    fn read(memory: &GuestMemoryMmap, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// Reads the tables as the specification says: by the BIOS data area, the floating pointer, then entry by entry.
+    #[test]
+    fn write_for_every_number_of_vcpus_gives_tables_that_parse() {
+        for vcpus in 1..=32u8 {
+            let memory = ram(2 << 20).unwrap();
+            write(&memory, vcpus).unwrap();
+            let segment: u16 = memory.read_obj(GuestAddress(0x40E)).unwrap();
+            let pointer = read(&memory, u64::from(segment) << 4, 16);
+            assert_eq!((&pointer[..4], sum(&pointer)), (&b"_MP_"[..], 0));
+            let address = u32::from_le_bytes(pointer[4..8].try_into().unwrap());
+            let length: u16 = memory.read_obj(GuestAddress(u64::from(address).saturating_add(4))).unwrap();
+            let table = read(&memory, address.into(), length.into());
+            assert_eq!((&table[..4], sum(&table)), (&b"PCMP"[..], 0));
+            assert!(u64::from(address).saturating_add(length.into()) <= EBDA.saturating_add(EBDA_SIZE));
+            let mut entries = Vec::new();
+            let mut rest = &table[HEADER..];
+            while let Some(kind) = rest.first() {
+                let (entry, next) = rest.split_at(if *kind == ENTRY_PROCESSOR { 20 } else { 8 });
+                entries.push(entry);
+                rest = next;
+            }
+            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::try_from(entries.len()).unwrap());
+            let of = |kind| entries.iter().filter(move |entry| entry[0] == kind).collect::<Vec<_>>();
+            let ids: Vec<u8> = of(ENTRY_PROCESSOR).iter().map(|entry| entry[1]).collect();
+            assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
+            let bootstrap: Vec<u8> = of(ENTRY_PROCESSOR).iter().map(|entry| entry[3] >> 1).collect();
+            assert_eq!(bootstrap.iter().sum::<u8>(), bootstrap[0]);
+            let ioapic = of(ENTRY_IOAPIC)[0][1];
+            assert!(!ids.contains(&ioapic));
+            let pins: Vec<_> = of(ENTRY_INTERRUPT).iter().map(|entry| (entry[5], entry[6], entry[7])).collect();
+            assert_eq!(pins, (0..24).map(|pin| (pin, ioapic, pin)).collect::<Vec<_>>());
+            let local: Vec<_> = of(ENTRY_LOCAL_INTERRUPT).iter().map(|entry| (entry[1], entry[7])).collect();
+            assert_eq!(local, [(KIND_EXTINT, 0), (KIND_NMI, 1)]);
+        }
+    }
+
+    #[test]
+    fn write_for_no_vcpu_or_too_many_is_refused() {
+        for vcpus in [0, 64, 255] {
+            assert!(matches!(write(&ram(2 << 20).unwrap(), vcpus), Err(BootError::Field { input: "cpus", .. })));
+        }
+    }
+}

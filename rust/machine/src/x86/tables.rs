@@ -75,3 +75,69 @@ pub fn initial_sregs(sregs: &mut kvm_sregs) {
     sregs.cr4 = CR4_PAE;
     sregs.efer = EFER_LME | EFER_LMA;
 }
+
+#[cfg(test)]
+#[expect(clippy::arithmetic_side_effects, reason = "test data is small")]
+mod tests {
+    use super::*;
+    use crate::memory::ram;
+    use proptest::prelude::*;
+
+    fn entry(memory: &GuestMemoryMmap, table: u64, index: u64) -> u64 {
+        memory.read_obj(GuestAddress(table + 8 * index)).unwrap()
+    }
+
+    /// A page walk as the processor does it, down to a 2 MiB page.
+    fn translate(memory: &GuestMemoryMmap, root: u64, address: u64) -> Option<u64> {
+        let mut table = root;
+        for shift in [39, 30, 21] {
+            let entry = entry(memory, table, address >> shift & 511);
+            if entry & 1 == 0 {
+                return None;
+            }
+            table = entry & 0x000f_ffff_ffff_f000;
+        }
+        Some(table | (address & (LARGE_PAGE - 1)))
+    }
+
+    fn started() -> (GuestMemoryMmap, kvm_sregs) {
+        let memory = ram(2 << 20).unwrap();
+        write_tables(&memory).unwrap();
+        let mut sregs = kvm_sregs::default();
+        initial_sregs(&mut sregs);
+        (memory, sregs)
+    }
+
+    proptest! {
+        #[test]
+        fn page_tables_map_the_first_four_gib_to_themselves(address in prop_oneof![0..MAPPED, MAPPED..1 << 47, any::<u64>()]) {
+            let (memory, sregs) = started();
+            let expected = (address & 0xffff_ffff_ffff < MAPPED).then_some(address & 0xffff_ffff_ffff);
+            prop_assert_eq!(translate(&memory, sregs.cr3, address), expected);
+        }
+    }
+
+    /// What is loaded in the segment registers is what reloading them from the GDT gives.
+    #[test]
+    fn segment_registers_agree_with_the_descriptor_table() {
+        let (memory, sregs) = started();
+        for segment in [sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr] {
+            assert!(segment.selector + 7 <= sregs.gdt.limit);
+            let descriptor = entry(&memory, sregs.gdt.base, u64::from(segment.selector >> 3));
+            let flags = (u64::from(segment.g) << 3) | (u64::from(segment.db) << 2) | (u64::from(segment.l) << 1);
+            let access = (u64::from(segment.present) << 7) | (u64::from(segment.s) << 4) | u64::from(segment.type_);
+            assert_eq!(descriptor >> 40 & 0xff, access, "{segment:?}");
+            assert_eq!(descriptor & 0xffff, u64::from(segment.limit & 0xffff));
+            if segment.s == 1 {
+                assert_eq!(descriptor >> 52 & 0xe, flags, "{segment:?}");
+            }
+        }
+        assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.ds.selector), (0x10, 1, 0x18));
+    }
+
+    #[test]
+    fn write_tables_beyond_the_end_of_memory_is_an_error() {
+        let memory = ram(0x8000).unwrap();
+        assert!(matches!(write_tables(&memory), Err(BootError::Memory { address: PAGE_TABLES, .. })));
+    }
+}
