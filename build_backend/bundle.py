@@ -18,6 +18,7 @@ BUNDLE = ROOT / "python" / "microvm" / "_bundle"
 KERNEL_SOURCE = ROOT / "guests" / "kernel"
 TARGET = "x86_64-unknown-linux-gnu"
 FLAVOURS = ("ring3", "hardware")
+RUST_FLAGS = ("RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_RUSTFLAGS")
 KERNEL_FILES = ("vmlinux", "System.map", "info.json")
 
 
@@ -56,7 +57,8 @@ def build_agent() -> Path:
 def cargo(arguments: list[str], folder: Path, variables: dict[str, str]) -> None:
     """Runs cargo; its output goes to stderr, because stdout belongs to the caller of the backend."""
     print(f"microvm: cargo {' '.join(arguments)} (in {folder})", file=sys.stderr, flush=True)
-    environment = {name: value for name, value in os.environ.items() if name != "CARGO_ENCODED_RUSTFLAGS"}
+    # Flags from outside would take the place of those that make these programs static.
+    environment = {name: value for name, value in os.environ.items() if name not in RUST_FLAGS}
     cargo_program = os.environ.get("CARGO", "cargo")
     command = [cargo_program, *arguments, "--locked"]
     subprocess.run(command, cwd=folder, env={**environment, **variables}, stdout=sys.stderr, check=True)

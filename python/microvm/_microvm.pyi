@@ -3,6 +3,37 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, final
 
+__all__ = [
+    "Backend",
+    "Debug",
+    "Exited",
+    "FailEntry",
+    "Halt",
+    "InternalError",
+    "Interrupted",
+    "IoIn",
+    "IoOut",
+    "MemoryFault",
+    "MmioRead",
+    "MmioWrite",
+    "Sandbox",
+    "Shutdown",
+    "SignalSender",
+    "SystemEvent",
+    "Timeout",
+    "Unexpected",
+    "Vcpu",
+    "Vm",
+    "__version__",
+    "check_spec",
+    "default_image",
+    "detect_backend",
+    "directory_image",
+    "initramfs",
+    "kernel_modules",
+    "kernel_release",
+]
+
 __version__: str
 
 def check_spec(cpus: int, memory: int, cmdline: str, profile_us: int | None, max_cpus: int | None, /) -> None:
@@ -110,7 +141,7 @@ class Sandbox:
     def console_tail(self) -> bytes: ...
     def profile(self) -> list[tuple[int, int]]: ...
 
-Segment: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int]
+_Segment: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int]
 
 @final
 class Vm:
@@ -127,14 +158,14 @@ class Vm:
 class Vcpu:
     """One virtual CPU; one thread at a time."""
 
-    def run(self, timeout: float | None) -> Exit: ...
+    def run(self, timeout: float | None) -> _Exit: ...
     def answer(self, data: bytes) -> None: ...
     def kick(self) -> None: ...
     def regs(self) -> list[int]: ...
     def set_regs(self, regs: Sequence[int]) -> None: ...
-    def sregs(self) -> tuple[list[Segment], list[tuple[int, int]], list[int]]: ...
+    def sregs(self) -> tuple[list[_Segment], list[tuple[int, int]], list[int]]: ...
     def set_sregs(
-        self, segments: Sequence[Segment], tables: Sequence[tuple[int, int]], control: Sequence[int]
+        self, segments: Sequence[_Segment], tables: Sequence[tuple[int, int]], control: Sequence[int]
     ) -> None: ...
     def translate(self, address: int) -> int | None: ...
 
@@ -296,7 +327,7 @@ class Unexpected:
     def what(self) -> str: ...
     def __eq__(self, other: object, /) -> bool: ...
 
-Exit: TypeAlias = (
+_Exit: TypeAlias = (
     IoIn
     | IoOut
     | MmioRead

@@ -70,6 +70,11 @@ def _default_image(cache: str, progress: Progress | None) -> str:
     return _microvm.default_image(cache, executable, sorted(stdlib), _counted(progress, "packing the default image"))
 
 
+def _command_line(words: str, root_path: str) -> str:
+    """The user's words last, so that they win. An image's name states its format; nothing is guessed from content."""
+    return f"microvm.rootfstype=ext4 {words}" if root_path.endswith(".ext4") else words
+
+
 def _counted(progress: Progress | None, what: str) -> Callable[[int, int], object] | None:
     return None if progress is None else lambda done, total: progress(what, done, total)
 
@@ -129,7 +134,8 @@ def launch(config: SandboxConfig, progress: Progress | None = None) -> _microvm.
         kernel_path = choose_kernel(config, backend, progress)
         kernel = _open(kernel_path, "kernel")
         descriptors.append(kernel)
-        root = _open(root_image(config, progress), "rootfs")
+        root_path = root_image(config, progress)
+        root = _open(root_path, "rootfs")
         descriptors.append(root)
         initrd = _initrd(config.initrd, _modules(kernel_path, kernel))
         descriptors.append(initrd)
@@ -140,7 +146,7 @@ def launch(config: SandboxConfig, progress: Progress | None = None) -> _microvm.
             [(root, True)],
             config.cpus,
             config.memory,
-            config.cmdline,
+            _command_line(config.cmdline, root_path),
             config.console,
             config.profile_us,
             config.boot_timeout,

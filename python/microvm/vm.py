@@ -18,7 +18,7 @@ guest code, a real-time signal is used (``SIGRTMIN + 3``, or ``kick_signal``), w
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from microvm import _microvm
 from microvm._microvm import (
@@ -41,11 +41,11 @@ from microvm.config import parse_duration, parse_size
 from microvm.exceptions import ConfigError
 
 if TYPE_CHECKING:
-    from microvm._microvm import Exit
     from microvm.config import Duration, Size
 
 __all__ = [
     "Debug",
+    "Exit",
     "FailEntry",
     "Halt",
     "InternalError",
@@ -67,6 +67,24 @@ __all__ = [
     "Vcpu",
     "Vm",
 ]
+
+#: What :meth:`Vcpu.run` returns.
+Exit: TypeAlias = (
+    IoIn
+    | IoOut
+    | MmioRead
+    | MmioWrite
+    | Halt
+    | Shutdown
+    | SystemEvent
+    | Debug
+    | InternalError
+    | FailEntry
+    | MemoryFault
+    | Interrupted
+    | Timeout
+    | Unexpected
+)
 
 _PAGE = 4096
 _PRESENT_WRITABLE = 0b11
@@ -243,7 +261,7 @@ class Vcpu:
     @sregs.setter
     def sregs(self, sregs: Sregs) -> None:
         values = [getattr(sregs, name) for name in Sregs.__slots__]
-        segments: list[_microvm.Segment] = [astuple(each) for each in values[:8]]
+        segments: list[Any] = [astuple(each) for each in values[:8]]
         self._vcpu.set_sregs(segments, [(table.base, table.limit) for table in values[8:10]], values[10:])
 
     def set_sregs(self, **registers: Any) -> None:
