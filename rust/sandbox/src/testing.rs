@@ -58,6 +58,8 @@ impl FakeVmm {
     pub fn connect(&self) -> FakeAgent {
         let Some(Request::Connect { id, .. }) = self.request() else { panic!("not a connect") };
         let (here, there) = UnixStream::pair().unwrap();
+        // So small that frames are sent in parts.
+        rustix::net::sockopt::set_socket_send_buffer_size(&there, 16 << 10).unwrap();
         self.control.send(&Event::Connected { id }, &[there.as_fd()]).unwrap();
         FakeAgent::new(here)
     }

@@ -78,7 +78,7 @@ fn sizes() -> impl Strategy<Value = Vec<usize>> {
 }
 
 fn bytes() -> impl Strategy<Value = Vec<u8>> {
-    (prop_oneof![0usize..2000, 60_000usize..200_000], any::<u8>())
+    (prop_oneof![0usize..2000, 60_000usize..900_000], any::<u8>())
         .prop_map(|(length, seed)| (0..length).map(|at| (at as u8).wrapping_mul(31) ^ (at >> 8) as u8 ^ seed).collect())
 }
 
@@ -160,6 +160,36 @@ fn a_command_that_leaves_its_input_unread_still_gives_its_status() {
     let exited = sandbox.exec(command(), streams, &mut never).unwrap();
     served.join().unwrap();
     assert_eq!((exited.status, &*exited.stdout), (ExitStatus::Code(0), &b"enough"[..]));
+}
+
+#[test]
+fn a_command_that_closes_its_input_runs_on_to_its_status() {
+    let (sandbox, vmm) = sandbox();
+    let served = vmm.serve(1, |mut agent| {
+        agent.exec();
+        agent.stream.shutdown(std::net::Shutdown::Read).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        agent.say(&FromAgent::Exited(ExitStatus::Code(5)));
+    });
+    let streams = Streams { stdin: Input::Bytes(vec![7; 8 << 20]), ..captured() };
+    let exited = sandbox.exec(command(), streams, &mut never).unwrap();
+    served.join().unwrap();
+    assert_eq!(exited.status, ExitStatus::Code(5));
+}
+
+#[test]
+fn an_answer_wakes_the_waiter_at_once() {
+    let (sandbox, vmm) = sandbox();
+    let served = vmm.serve(10, |agent| echo(agent, &[1]));
+    let fastest = (0..10)
+        .map(|_| {
+            let streams = Streams { stdin: Input::Bytes(Vec::new()), ..captured() };
+            sandbox.exec(command(), streams, &mut never).unwrap().duration
+        })
+        .min();
+    served.join().unwrap();
+    // Nobody waits for the end of a slice (50 ms), however busy the machine is at times.
+    assert!(fastest.unwrap() < Duration::from_millis(25), "{fastest:?}");
 }
 
 #[test]
