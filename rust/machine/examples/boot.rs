@@ -7,16 +7,25 @@ use microvm_machine::{Backend, Files, Machine, Origin};
 use microvm_protocol::spec::MachineSpec;
 use std::error::Error;
 use std::fs::File;
-use std::io::{PipeReader, Read, Write};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let kernel = File::open(arguments.next().ok_or("usage: boot KERNEL [INITRD] [WORDS…]")?)?;
-    let initrd = arguments.next().filter(|path| path != "-").map(File::open).transpose()?;
+    let kernel = File::open(
+        arguments
+            .next()
+            .ok_or("usage: boot KERNEL [INITRD] [WORDS…]")?,
+    )?;
+    let initrd = arguments
+        .next()
+        .filter(|path| path != "-")
+        .map(File::open)
+        .transpose()?;
     let words: Vec<String> = arguments.collect();
-    let (reader, writer) = std::io::pipe()?;
+    let (reader, writer) = UnixStream::pair()?;
 
     let begin = Instant::now();
     let backend = Backend::detect()?;
@@ -28,9 +37,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         command_line: words.join(" "),
         drives: Vec::new(),
         console: true,
-        profile_us: std::env::var("PROFILE_US").ok().and_then(|us| us.parse().ok()),
+        profile_us: std::env::var("PROFILE_US")
+            .ok()
+            .and_then(|us| us.parse().ok()),
     };
-    let files = Files { kernel, initrd, console: Some(writer.into()) };
+    let files = Files {
+        kernel,
+        initrd,
+        console: Some(writer.into()),
+    };
     let mut machine = Machine::assemble(&backend, &spec, Vec::new(), Origin::Boot(files))?;
     let assembled = begin.elapsed();
 
@@ -47,24 +62,35 @@ fn main() -> Result<(), Box<dyn Error>> {
     let profile = machine.profile();
     drop(machine);
     let first = console.join().ok().flatten();
-    eprintln!("{}: detected {detected:?}, assembled {assembled:?}, stopped {stopped:?}", backend.kind());
+    eprintln!(
+        "{}: detected {detected:?}, assembled {assembled:?}, stopped {stopped:?}",
+        backend.kind()
+    );
     eprintln!("first byte on the console after {first:?}");
     match end {
-        Ok((at, end)) => eprintln!("ended after {:?}: {:?}: {}", at.duration_since(start), end.reason, end.message),
+        Ok((at, end)) => eprintln!(
+            "ended after {:?}: {:?}: {}",
+            at.duration_since(start),
+            end.reason,
+            end.message
+        ),
         Err(_) => eprintln!("still running"),
     }
-    for (address, count) in profile.iter().take(40) {
+    for (address, count) in &profile {
         println!("{address:016x} {count}");
     }
     Ok(())
 }
 
 fn variable(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(default)
 }
 
 /// Copies the console to standard output; returns when the first byte came.
-fn print_console(mut reader: PipeReader, start: Instant) -> Option<Duration> {
+fn print_console(mut reader: UnixStream, start: Instant) -> Option<Duration> {
     let quiet = std::env::var_os("QUIET").is_some();
     let mut first = None;
     let mut buffer = [0; 4096];

@@ -30,13 +30,19 @@ impl fmt::Display for Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KvmError {
     /// No device, or no module behind it.
-    #[error("/dev/kvm is missing ({0}); hint: load the module with `sudo modprobe kvm_intel` or `sudo modprobe kvm_amd`; in a virtual machine nested virtualization must be enabled, in a container start it with --device /dev/kvm")]
+    #[error(
+        "/dev/kvm is missing ({0}); hint: load the module with `sudo modprobe kvm_intel` or `sudo modprobe kvm_amd`; in a virtual machine nested virtualization must be enabled, in a container start it with --device /dev/kvm"
+    )]
     Missing(#[source] vmm_sys_util::errno::Error),
     /// The user may not open it.
-    #[error("no permission to use /dev/kvm; hint: `sudo usermod -aG kvm $USER` and log in again, or for now `sudo setfacl -m u:$USER:rw /dev/kvm`")]
+    #[error(
+        "no permission to use /dev/kvm; hint: `sudo usermod -aG kvm $USER` and log in again, or for now `sudo setfacl -m u:$USER:rw /dev/kvm`"
+    )]
     Permission,
     /// Another hypervisor has the processor's virtualization.
-    #[error("/dev/kvm is busy; hint: another hypervisor (VirtualBox, VMware) uses the processor's virtualization, stop it")]
+    #[error(
+        "/dev/kvm is busy; hint: another hypervisor (VirtualBox, VMware) uses the processor's virtualization, stop it"
+    )]
     Busy,
     /// It opens, but is not a KVM this program knows.
     #[error("/dev/kvm has API version {found}, expected {KVM_API_VERSION}")]
@@ -100,9 +106,15 @@ impl Backend {
         let kind = classify(Path::new("/sys/module/kvm_pvm").exists(), &flags);
         let max_vcpus = match kind {
             Kind::Software => 1,
-            Kind::Hardware => u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_VCPUS),
+            Kind::Hardware => u8::try_from(kvm.get_max_vcpus())
+                .unwrap_or(u8::MAX)
+                .min(MAX_VCPUS),
         };
-        Ok(Self { kvm, kind, max_vcpus })
+        Ok(Self {
+            kvm,
+            kind,
+            max_vcpus,
+        })
     }
 
     /// Hardware or software.
@@ -171,8 +183,15 @@ fn classify(pvm_loaded: bool, cpuinfo: &str) -> Kind {
     let hardware = cpuinfo
         .lines()
         .find(|line| line.starts_with("flags"))
-        .is_some_and(|line| line.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"));
-    if hardware && !pvm_loaded { Kind::Hardware } else { Kind::Software }
+        .is_some_and(|line| {
+            line.split_ascii_whitespace()
+                .any(|flag| flag == "vmx" || flag == "svm")
+        });
+    if hardware && !pvm_loaded {
+        Kind::Hardware
+    } else {
+        Kind::Software
+    }
 }
 
 fn refusal(errno: vmm_sys_util::errno::Error) -> KvmError {
@@ -180,7 +199,10 @@ fn refusal(errno: vmm_sys_util::errno::Error) -> KvmError {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing(errno),
         libc::EACCES | libc::EPERM => KvmError::Permission,
         libc::EBUSY => KvmError::Busy,
-        _ => KvmError::Unusable(CallError { call: "open", errno }),
+        _ => KvmError::Unusable(CallError {
+            call: "open",
+            errno,
+        }),
     }
 }
 
@@ -201,9 +223,16 @@ mod tests {
 
     #[test]
     fn refusal_names_the_fix() {
-        for (errno, hint) in [(libc::ENOENT, "modprobe"), (libc::EACCES, "usermod"), (libc::EBUSY, "VirtualBox")] {
+        for (errno, hint) in [
+            (libc::ENOENT, "modprobe"),
+            (libc::EACCES, "usermod"),
+            (libc::EBUSY, "VirtualBox"),
+        ] {
             assert!(refusal(Errno::new(errno)).to_string().contains(hint));
         }
-        assert!(matches!(refusal(Errno::new(libc::EMFILE)), KvmError::Unusable(_)));
+        assert!(matches!(
+            refusal(Errno::new(libc::EMFILE)),
+            KvmError::Unusable(_)
+        ));
     }
 }

@@ -41,10 +41,22 @@ impl Bus {
     ///
     /// # Errors
     /// [`BusError`] if the range is empty, wraps around or overlaps another.
-    pub fn insert(&mut self, base: u64, size: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
+    pub fn insert(
+        &mut self,
+        base: u64,
+        size: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), BusError> {
         let refused = BusError { base, size };
-        let last = size.checked_sub(1).and_then(|more| base.checked_add(more)).ok_or(refused)?;
-        if self.windows.iter().any(|window| window.base <= last && base <= window.last) {
+        let last = size
+            .checked_sub(1)
+            .and_then(|more| base.checked_add(more))
+            .ok_or(refused)?;
+        if self
+            .windows
+            .iter()
+            .any(|window| window.base <= last && base <= window.last)
+        {
             return Err(refused);
         }
         let position = self.windows.partition_point(|window| window.base < base);
@@ -68,8 +80,13 @@ impl Bus {
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(&dyn BusDevice, u64)> {
-        let last = u64::try_from(length).ok()?.checked_sub(1)?.checked_add(address)?;
-        let following = self.windows.partition_point(|window| window.base <= address);
+        let last = u64::try_from(length)
+            .ok()?
+            .checked_sub(1)?
+            .checked_add(address)?;
+        let following = self
+            .windows
+            .partition_point(|window| window.base <= address);
         let window = self.windows.get(following.checked_sub(1)?)?;
         (last <= window.last).then(|| (&*window.device, address.wrapping_sub(window.base)))
     }
@@ -86,18 +103,17 @@ mod tests {
 
     impl BusDevice for Cells {
         fn read(&self, offset: u64, data: &mut [u8]) {
-            let start = offset as usize;
-            data.copy_from_slice(&self.0.lock().unwrap()[start..start + data.len()]);
+            data.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..data.len()]);
         }
         fn write(&self, offset: u64, data: &[u8]) {
-            let start = offset as usize;
-            self.0.lock().unwrap()[start..start + data.len()].copy_from_slice(data);
+            self.0.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
         }
     }
 
     fn bus(base: u64) -> Bus {
         let mut bus = Bus::default();
-        bus.insert(base, 16, Arc::new(Cells(Mutex::new([0; 16])))).unwrap();
+        bus.insert(base, 16, Arc::new(Cells(Mutex::new([0; 16]))))
+            .unwrap();
         bus
     }
 
@@ -109,7 +125,7 @@ mod tests {
         ) {
             let bus = bus(base);
             let address = base.wrapping_add_signed(from);
-            let inside = from >= 0 && from + length as i64 <= 16;
+            let inside = from >= 0 && from <= 16i64.saturating_sub(length as i64);
             let data = vec![value; length];
             bus.write(address, &data);
             let mut seen = vec![0; length];

@@ -22,7 +22,6 @@ pub mod profile;
 mod run_loop;
 mod run_page;
 pub mod vcpu;
-mod virtio_shim;
 pub mod vm;
 pub mod x86;
 

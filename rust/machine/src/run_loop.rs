@@ -45,7 +45,11 @@ impl Shared {
     }
 
     fn end(&self, end: MachineEnd) {
-        let on_end = self.on_end.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let on_end = self
+            .on_end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         self.stop();
         if let Some(on_end) = on_end {
             on_end(end);
@@ -57,7 +61,11 @@ impl Shared {
 pub(crate) fn run(mut vcpu: Vcpu, shared: &Shared) {
     let signal = vcpu.kicker().signal();
     signal.block_all_others();
-    let sampled = if vcpu.index() == 0 { shared.profile_interval } else { None };
+    let sampled = if vcpu.index() == 0 {
+        shared.profile_interval
+    } else {
+        None
+    };
     let interval = sampled.unwrap_or(WATCH);
     // A tick that is lost does no harm: the next one comes.
     let _ticker = match Ticker::start(signal, interval, interval) {
@@ -81,7 +89,9 @@ fn serve(vcpu: &mut Vcpu, shared: &Shared, sampled: bool) -> Result<Option<Machi
                 shared.ports.write(port.into(), value);
             }
             if shared.reset.is_pulled() {
-                return Ok(Some(MachineEnd::reset("the guest reset the machine through its keyboard controller")));
+                return Ok(Some(MachineEnd::reset(
+                    "the guest reset the machine through its keyboard controller",
+                )));
             }
         }
         Exit::IoIn { port, size, count } => {
@@ -101,18 +111,35 @@ fn serve(vcpu: &mut Vcpu, shared: &Shared, sampled: bool) -> Result<Option<Machi
             }
         }
         Exit::Interrupted | Exit::Timeout => return Ok(look(vcpu, shared, sampled)),
-        Exit::Shutdown => return Ok(Some(MachineEnd::fault("the guest caused a triple fault", vcpu))),
+        Exit::Shutdown => {
+            return Ok(Some(MachineEnd::fault(
+                "the guest caused a triple fault",
+                vcpu,
+            )));
+        }
         Exit::InternalError(error) => return Ok(Some(MachineEnd::fault(&error.to_string(), vcpu))),
         Exit::FailEntry { reason, cpu } => {
-            let what = format!("the processor refused to enter the guest: reason {reason:#x} on host CPU {cpu}");
+            let what = format!(
+                "the processor refused to enter the guest: reason {reason:#x} on host CPU {cpu}"
+            );
             return Ok(Some(MachineEnd::fault(&what, vcpu)));
         }
-        Exit::Halt => return Ok(Some(MachineEnd::fault("the guest halted, and nothing can wake it", vcpu))),
+        Exit::Halt => {
+            return Ok(Some(MachineEnd::fault(
+                "the guest halted, and nothing can wake it",
+                vcpu,
+            )));
+        }
         Exit::SystemEvent { kind } => {
-            return Ok(Some(MachineEnd::reset(&format!("the guest ended the machine: system event {kind}"))));
+            return Ok(Some(MachineEnd::reset(&format!(
+                "the guest ended the machine: system event {kind}"
+            ))));
         }
         other @ (Exit::Debug { .. } | Exit::MemoryFault { .. } | Exit::Unexpected { .. }) => {
-            return Ok(Some(MachineEnd::fault(&format!("unexpected exit of the vCPU: {other:?}"), vcpu)));
+            return Ok(Some(MachineEnd::fault(
+                &format!("unexpected exit of the vCPU: {other:?}"),
+                vcpu,
+            )));
         }
     }
     Ok(None)
@@ -133,7 +160,18 @@ fn look(vcpu: &Vcpu, shared: &Shared, sampled: bool) -> Option<MachineEnd> {
         looks.store(0, Ordering::Relaxed);
         return None;
     }
-    looks.store(looks.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
-    let all = shared.asleep.iter().all(|looks| looks.load(Ordering::Relaxed) >= ASLEEP);
-    all.then(|| MachineEnd::fault("the guest halted with interrupts off, and nothing can wake it", vcpu))
+    looks.store(
+        looks.load(Ordering::Relaxed).saturating_add(1),
+        Ordering::Relaxed,
+    );
+    let all = shared
+        .asleep
+        .iter()
+        .all(|looks| looks.load(Ordering::Relaxed) >= ASLEEP);
+    all.then(|| {
+        MachineEnd::fault(
+            "the guest halted with interrupts off, and nothing can wake it",
+            vcpu,
+        )
+    })
 }

@@ -52,14 +52,16 @@ impl Console {
         if let Some(descriptor) = descriptor {
             console.lock().reader = Reader::Idle;
             let shared = Arc::downgrade(&console.0);
-            std::thread::Builder::new().name("console".into()).spawn(move || {
-                while let Some(shared) = shared.upgrade() {
-                    if !write_backlog(&shared, &descriptor) {
-                        shared.lock().reader = Reader::None;
-                        break;
+            std::thread::Builder::new()
+                .name("console".into())
+                .spawn(move || {
+                    while let Some(shared) = shared.upgrade() {
+                        if !write_backlog(&shared, &descriptor) {
+                            shared.lock().reader = Reader::None;
+                            break;
+                        }
                     }
-                }
-            })?;
+                })?;
         }
         Ok(console)
     }
@@ -67,8 +69,14 @@ impl Console {
     /// Takes output. Never waits for anybody.
     pub fn write(&self, bytes: &[u8]) {
         let mut output = self.lock();
-        let kept = bytes.get(bytes.len().saturating_sub(CONSOLE_TAIL)..).unwrap_or(bytes);
-        let excess = output.tail.len().saturating_add(kept.len()).saturating_sub(CONSOLE_TAIL);
+        let kept = bytes
+            .get(bytes.len().saturating_sub(CONSOLE_TAIL)..)
+            .unwrap_or(bytes);
+        let excess = output
+            .tail
+            .len()
+            .saturating_add(kept.len())
+            .saturating_sub(CONSOLE_TAIL);
         let excess = excess.min(output.tail.len());
         output.tail.drain(..excess);
         output.tail.extend(kept);
@@ -93,9 +101,18 @@ impl Console {
     pub fn flush(&self, limit: Duration) -> bool {
         let start = Instant::now();
         let mut output = self.lock();
-        while output.reader == Reader::Writing || (output.reader == Reader::Idle && !output.backlog.is_empty()) {
-            let Some(left) = limit.checked_sub(start.elapsed()) else { return false };
-            output = self.0.changed.wait_timeout(output, left).unwrap_or_else(PoisonError::into_inner).0;
+        while output.reader == Reader::Writing
+            || (output.reader == Reader::Idle && !output.backlog.is_empty())
+        {
+            let Some(left) = limit.checked_sub(start.elapsed()) else {
+                return false;
+            };
+            output = self
+                .0
+                .changed
+                .wait_timeout(output, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         output.backlog.is_empty()
     }
@@ -125,7 +142,9 @@ fn write_backlog(shared: &Shared, descriptor: &OwnedFd) -> bool {
     let mut bytes = std::mem::take(&mut output.backlog);
     let dropped = std::mem::take(&mut output.dropped);
     if dropped > 0 {
-        bytes.extend_from_slice(format!("\n[{dropped} bytes of console output dropped: slow reader]\n").as_bytes());
+        bytes.extend_from_slice(
+            format!("\n[{dropped} bytes of console output dropped: slow reader]\n").as_bytes(),
+        );
     }
     if bytes.is_empty() {
         return true;
@@ -147,8 +166,14 @@ fn write_all(descriptor: &OwnedFd, mut bytes: &[u8]) -> bool {
             Err(rustix::io::Errno::INTR) => {}
             // Whoever gave the descriptor made it non-blocking.
             Err(rustix::io::Errno::AGAIN) => {
-                let mut wanted = [rustix::event::PollFd::new(descriptor, rustix::event::PollFlags::OUT)];
-                let second = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+                let mut wanted = [rustix::event::PollFd::new(
+                    descriptor,
+                    rustix::event::PollFlags::OUT,
+                )];
+                let second = rustix::event::Timespec {
+                    tv_sec: 1,
+                    tv_nsec: 0,
+                };
                 let _ = rustix::event::poll(&mut wanted, Some(&second));
             }
             Err(_) => return false,
@@ -162,6 +187,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::io::Read;
+    use std::os::unix::net::UnixStream;
 
     proptest! {
         #[test]
@@ -179,7 +205,7 @@ mod tests {
 
     #[test]
     fn write_with_a_reader_that_never_reads_does_not_block() {
-        let (_reader, writer) = io::pipe().unwrap();
+        let (_reader, writer) = UnixStream::pair().unwrap();
         let console = Console::new(Some(writer.into())).unwrap();
         for _ in 0..100 {
             console.write(&[b'x'; 64 * 1024]);
@@ -190,7 +216,7 @@ mod tests {
 
     #[test]
     fn descriptor_gets_everything_in_order() {
-        let (mut reader, writer) = io::pipe().unwrap();
+        let (mut reader, writer) = UnixStream::pair().unwrap();
         let console = Console::new(Some(writer.into())).unwrap();
         let mut expected = Vec::new();
         for number in 0..1000 {
@@ -207,7 +233,7 @@ mod tests {
 
     #[test]
     fn flush_with_a_closed_reader_returns() {
-        let (reader, writer) = io::pipe().unwrap();
+        let (reader, writer) = UnixStream::pair().unwrap();
         drop(reader);
         let console = Console::new(Some(writer.into())).unwrap();
         console.write(b"nobody hears this");

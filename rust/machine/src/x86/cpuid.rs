@@ -27,13 +27,13 @@ fn restrict_entry(entry: &mut kvm_cpuid_entry2, kind: Kind, deadline_timer: bool
     }
     if kind == Kind::Software {
         match (entry.function, entry.index) {
-            (1, _) => entry.ecx &= !bits(&[13, 17]),               // CMPXCHG16B, PCID
+            (1, _) => entry.ecx &= !bits(&[13, 17]), // CMPXCHG16B, PCID
             (7, 0) => {
-                entry.ebx &= !bits(&[7, 10, 20]);                  // SMEP, INVPCID, SMAP
-                entry.ecx &= !bits(&[2, 16, 22]);                  // UMIP, 5-level paging, RDPID
+                entry.ebx &= !bits(&[7, 10, 20]); // SMEP, INVPCID, SMAP
+                entry.ecx &= !bits(&[2, 16, 22]); // UMIP, 5-level paging, RDPID
             }
-            (0xd, 1) => entry.eax &= !bits(&[1, 3]),               // XSAVEC, XSAVES
-            (0x8000_0001, _) => entry.edx &= !bits(&[27]),         // RDTSCP
+            (0xd, 1) => entry.eax &= !bits(&[1, 3]), // XSAVEC, XSAVES
+            (0x8000_0001, _) => entry.edx &= !bits(&[27]), // RDTSCP
             _ => {}
         }
     }
@@ -43,9 +43,17 @@ fn restrict_entry(entry: &mut kvm_cpuid_entry2, kind: Kind, deadline_timer: bool
 pub(crate) fn for_vcpu(common: &CpuId, index: u8, count: u8) -> Result<CpuId, Errno> {
     let mut entries = common.as_slice().to_vec();
     // KVM lists the first level of the topology alone.
-    let level = |level| move |entry: &kvm_cpuid_entry2| entry.function == 0xb && entry.index == level;
-    if let (Some(first), false) = (entries.iter().find(|entry| level(0)(entry)), entries.iter().any(level(1))) {
-        entries.push(kvm_cpuid_entry2 { index: 1, flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, ..*first });
+    let level =
+        |level| move |entry: &kvm_cpuid_entry2| entry.function == 0xb && entry.index == level;
+    if let (Some(first), false) = (
+        entries.iter().find(|entry| level(0)(entry)),
+        entries.iter().any(level(1)),
+    ) {
+        entries.push(kvm_cpuid_entry2 {
+            index: 1,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            ..*first
+        });
     }
     for entry in &mut entries {
         place(entry, index.into(), count.max(1).into());
@@ -73,12 +81,15 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
                 1 => (width, count, 2),
                 _ => (0, 0, 0),
             };
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (shift, processors, (level & 0xff) | (kind << 8), id);
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) =
+                (shift, processors, (level & 0xff) | (kind << 8), id);
         }
         // Finer topologies, of which there is none here: absent, so that leaf 0xb or leaf 1 counts.
         (0x1f | 0x8000_0026, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         (0x8000_0001, _) => set(&mut entry.ecx, 1, count > 1), // CmpLegacy
-        (0x8000_0008, _) => entry.ecx = (entry.ecx & !0xf0ff) | (others & 0xff) | ((width & 0xf) << 12),
+        (0x8000_0008, _) => {
+            entry.ecx = (entry.ecx & !0xf0ff) | (others & 0xff) | ((width & 0xf) << 12)
+        }
         (0x8000_001d, _) if entry.eax & 0x1f != 0 => {
             let sharing = if (entry.eax >> 5) & 7 >= 3 { others } else { 0 };
             entry.eax = (entry.eax & 0x3fff) | ((sharing & 0xfff) << 14);
@@ -90,11 +101,17 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
 
 fn set(register: &mut u32, bit: u32, value: bool) {
     let mask = bits(&[bit]);
-    *register = if value { *register | mask } else { *register & !mask };
+    *register = if value {
+        *register | mask
+    } else {
+        *register & !mask
+    };
 }
 
 fn bits(numbers: &[u32]) -> u32 {
-    numbers.iter().fold(0, |mask, bit| mask | 1u32.wrapping_shl(*bit))
+    numbers
+        .iter()
+        .fold(0, |mask, bit| mask | 1u32.wrapping_shl(*bit))
 }
 
 #[cfg(test)]
@@ -103,7 +120,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, index, eax: u32::MAX, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        }
     }
 
     proptest! {
@@ -119,8 +144,8 @@ mod tests {
                 prop_assert_eq!((leaf1.ebx >> 16) & 0xff, u32::from(count));
                 prop_assert_eq!((smt.edx, core.edx, amd.eax), (id, id, id));
                 prop_assert_eq!((smt.ebx, core.ebx), (1, u32::from(count)));
-                prop_assert!(id < 1 << core.eax && 1 << core.eax < 2 * u32::from(count));
-                prop_assert_eq!(sizes.ecx & 0xff, u32::from(count) - 1);
+                prop_assert_eq!(1 << core.eax, u32::from(count).next_power_of_two());
+                prop_assert_eq!(sizes.ecx & 0xff, u32::from(count.saturating_sub(1)));
             }
         }
 
