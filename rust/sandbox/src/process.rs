@@ -231,19 +231,25 @@ mod tests {
     #[test]
     fn the_child_gets_the_control_socket_and_nothing_else_of_ours() {
         let secret = tempfile::tempfile().unwrap();
-        let process = shell(c"ls -l /proc/$$/fd >&2; env >&2", &control());
-        let words = read_stderr(&process);
-        process.reap();
-        drop(secret);
+        let process = VmmProcess::spawn(Path::new("/bin/sleep"), &[c"60"], control().as_fd()).unwrap();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.pidfd().as_raw_fd())).unwrap();
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:")).unwrap().trim();
         let target = |number: &str| {
-            let arrow = format!(" {number} -> ");
-            words.lines().find_map(|line| line.split_once(&arrow)).map(|(_, target)| target.to_owned()).unwrap()
+            let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap();
+            link.into_os_string().into_string().unwrap()
         };
-        assert_eq!((target("0"), target("1")), ("/dev/null".into(), "/dev/null".into()));
-        assert!(target("2").starts_with("pipe:"), "{words}");
-        assert!(target("3").starts_with("socket:"), "{words}");
-        assert!(!words.contains("deleted"), "{words}");
-        assert!(!words.contains("PATH="), "{words}");
+        let secret = std::fs::read_link(format!("/proc/self/fd/{}", secret.as_raw_fd())).unwrap();
+        let open: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|fd| fd.unwrap().path()).collect();
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+        let kinds = [target("0"), target("1"), target("2"), target("3")];
+        let leaked = open.iter().any(|fd| std::fs::read_link(fd).unwrap() == secret);
+        process.kill();
+        process.reap();
+
+        assert_eq!(kinds[..2], ["/dev/null", "/dev/null"]);
+        assert!(kinds[2].starts_with("pipe:") && kinds[3].starts_with("socket:"), "{kinds:?}");
+        assert!(!leaked, "{open:?}");
+        assert_eq!(environment, b"");
     }
 
     #[test]

@@ -4,7 +4,6 @@ use crate::notes::{self, Note, Notes, Notifier};
 use crate::ready::{ReadyStream, Said};
 use crate::start::{Start, StartError};
 use microvm_link::ControlSocket;
-use microvm_machine::Machine;
 use microvm_protocol::control::{EndReason, EndReport, Event, Request};
 use microvm_virtio::vsock::VsockHandle;
 use rustix::event::{PollFd, PollFlags, poll};

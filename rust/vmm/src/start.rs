@@ -12,7 +12,7 @@ use microvm_virtio::vsock::{Vsock, VsockHandle};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 /// The guest's vsock address. Each VM has its own VMM and its own vsock, so one number serves them all.
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
     use crate::notes;
     use microvm_protocol::spec::DriveSpec;
-    use std::os::fd::BorrowedFd;
+    use std::os::fd::{AsFd, BorrowedFd};
 
     fn spec() -> MachineSpec {
         MachineSpec {
