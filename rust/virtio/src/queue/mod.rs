@@ -10,6 +10,8 @@ mod active;
 mod buffers;
 mod chain;
 mod setup;
+#[cfg(test)]
+mod tests;
 
 pub use active::{ActiveQueue, Token};
 pub use buffers::{Reader, ShortBuffer, Writer};

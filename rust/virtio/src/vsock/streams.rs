@@ -225,7 +225,9 @@ impl Streams {
         }
         let news = tell & !connection.told != 0;
         connection.told |= tell;
-        let closing = connection.hung_up && connection.deadline.is_none();
+        // A hang-up after the guest's own half-close may be no more than the host's: then the guest closes when it likes.
+        let host_closed = connection.hung_up && connection.guest_ended & shutdown::SEND == 0;
+        let closing = host_closed && connection.deadline.is_none();
         if connection.owes_credit() {
             connection.credit_queued = true;
             self.push(id, Operation::CreditUpdate);
@@ -486,7 +488,7 @@ impl Streams {
                     if self
                         .connections
                         .get(&id)
-                        .is_some_and(|connection| connection.hung_up)
+                        .is_some_and(|connection| connection.deadline.is_some())
                     {
                         // The guest takes the rest of it: patience starts again.
                         self.set_deadline(id, CLOSE_PATIENCE);
