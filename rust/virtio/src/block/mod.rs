@@ -2,6 +2,8 @@
 
 mod disk;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use disk::BlockError;
 

@@ -12,6 +12,8 @@
 //! it reads as zeros past its end and ignores writes.
 
 mod registers;
+#[cfg(test)]
+mod tests;
 mod transport;
 mod worker;
 
