@@ -1,10 +1,12 @@
 //! Boots a kernel with an initramfs and prints its console: `boot KERNEL [INITRD] [WORDS…]`.
 //!
-//! `VCPUS`, `MEMORY_MIB`, `SECONDS` and `PROFILE_US` in the environment change the machine; `QUIET` prints only the
-//! times. Times are counted from the start of the vCPUs.
+//! `VCPUS`, `MEMORY_MIB`, `SECONDS`, `DRIVE` (a raw image, read-only) and `PROFILE_US` in the environment change the
+//! machine; `QUIET` prints only the times. Times are counted from the start of the vCPUs.
 
-use microvm_machine::{Backend, Files, Machine, Origin};
+use microvm_machine::{Backend, Files, Machine, NewDevice, Origin};
 use microvm_protocol::spec::MachineSpec;
+use microvm_virtio::block::Block;
+use microvm_virtio::rng::Rng;
 use std::error::Error;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -41,12 +43,24 @@ fn main() -> Result<(), Box<dyn Error>> {
             .ok()
             .and_then(|us| us.parse().ok()),
     };
+    let mut devices = Vec::new();
+    if let Some(path) = std::env::var_os("DRIVE") {
+        let device = Box::new(Block::new(File::open(path)?, true)?);
+        devices.push(NewDevice {
+            name: "drive".into(),
+            device,
+        });
+    }
+    devices.push(NewDevice {
+        name: "rng".into(),
+        device: Box::new(Rng::new()),
+    });
     let files = Files {
         kernel,
         initrd,
         console: Some(writer.into()),
     };
-    let mut machine = Machine::assemble(&backend, &spec, Vec::new(), Origin::Boot(files))?;
+    let mut machine = Machine::assemble(&backend, &spec, devices, Origin::Boot(files))?;
     let assembled = begin.elapsed();
 
     let start = Instant::now();

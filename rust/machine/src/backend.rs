@@ -6,6 +6,8 @@ use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use microvm_protocol::spec::MAX_VCPUS;
 use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 /// How guest code at CPL0 runs.
@@ -102,8 +104,7 @@ impl Backend {
                 return Err(KvmError::Capability { capability: name });
             }
         }
-        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let kind = classify(Path::new("/sys/module/kvm_pvm").exists(), &flags);
+        let kind = classify(Path::new("/sys/module/kvm_pvm").exists(), first_flags);
         let max_vcpus = match kind {
             Kind::Software => 1,
             Kind::Hardware => u8::try_from(kvm.get_max_vcpus())
@@ -179,15 +180,24 @@ impl Backend {
     }
 }
 
-fn classify(pvm_loaded: bool, cpuinfo: &str) -> Kind {
-    let hardware = cpuinfo
-        .lines()
+/// Feature names of the first processor, without making the kernel write about all of them.
+fn first_flags() -> String {
+    let Ok(cpuinfo) = File::open("/proc/cpuinfo") else {
+        return String::new();
+    };
+    let mut lines = BufReader::new(cpuinfo).lines().map_while(Result::ok);
+    lines
         .find(|line| line.starts_with("flags"))
-        .is_some_and(|line| {
-            line.split_ascii_whitespace()
-                .any(|flag| flag == "vmx" || flag == "svm")
-        });
-    if hardware && !pvm_loaded {
+        .unwrap_or_default()
+}
+
+fn classify(pvm_loaded: bool, flags: impl FnOnce() -> String) -> Kind {
+    let virtualizes = |flags: String| {
+        flags
+            .split_ascii_whitespace()
+            .any(|flag| flag == "vmx" || flag == "svm")
+    };
+    if !pvm_loaded && virtualizes(flags()) {
         Kind::Hardware
     } else {
         Kind::Software
@@ -213,12 +223,13 @@ mod tests {
 
     #[test]
     fn classify_needs_the_flag_and_no_software_module() {
-        let with = "processor : 0\nflags\t\t: fpu svm lm\nbugs : none";
-        let without = "processor : 0\nflags\t\t: fpu svmx lm\n";
+        let with = || "flags\t\t: fpu svm lm".to_owned();
+        let without = || "flags\t\t: fpu svmx lm".to_owned();
         assert_eq!(classify(false, with), Kind::Hardware);
         assert_eq!(classify(true, with), Kind::Software);
         assert_eq!(classify(false, without), Kind::Software);
-        assert_eq!(classify(false, ""), Kind::Software);
+        assert_eq!(classify(false, String::new), Kind::Software);
+        assert!(first_flags().contains(" lm"));
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::fmt;
 
 /// Bytes of code shown from RIP on.
 const CODE: usize = 16;
+/// RIP after a reset.
+const RESET_VECTOR: u64 = 0xfff0;
 
 /// How and why a machine ended by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +26,21 @@ impl MachineEnd {
             reason: EndReason::GuestFault,
             message: format!("{what}\n{}", CpuState::of(vcpu)),
         }
+    }
+
+    /// The guest met an exception it could not take, nor the two that came of it.
+    pub(crate) fn triple_fault(vcpu: &Vcpu) -> Self {
+        const WHAT: &str = "the guest caused a triple fault";
+        let regs = vcpu.regs();
+        // SVM does not keep the state of a triple fault: KVM resets the vCPU.
+        if regs.is_ok_and(|regs| regs.rip == RESET_VECTOR) {
+            let message = format!("{WHAT}; this processor does not say where");
+            return Self {
+                reason: EndReason::GuestFault,
+                message,
+            };
+        }
+        Self::fault(WHAT, vcpu)
     }
 
     /// The guest reset the machine.

@@ -111,12 +111,7 @@ fn serve(vcpu: &mut Vcpu, shared: &Shared, sampled: bool) -> Result<Option<Machi
             }
         }
         Exit::Interrupted | Exit::Timeout => return Ok(look(vcpu, shared, sampled)),
-        Exit::Shutdown => {
-            return Ok(Some(MachineEnd::fault(
-                "the guest caused a triple fault",
-                vcpu,
-            )));
-        }
+        Exit::Shutdown => return Ok(Some(MachineEnd::triple_fault(vcpu))),
         Exit::InternalError(error) => return Ok(Some(MachineEnd::fault(&error.to_string(), vcpu))),
         Exit::FailEntry { reason, cpu } => {
             let what = format!(

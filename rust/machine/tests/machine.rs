@@ -53,18 +53,15 @@ fn triple_fault_is_a_guest_fault_with_registers_and_code() {
     let end = ended.recv_timeout(LIMIT).unwrap();
     assert_eq!(end.reason, EndReason::GuestFault);
     assert!(end.message.contains("triple fault"), "{}", end.message);
+    let where_it_was = [
+        "rbx 000000001234abcd",
+        "rip 0000000000100005",
+        "code at rip: 0f 0b",
+    ];
+    // SVM does not tell.
+    let unknown = end.message.contains("does not say where");
     assert!(
-        end.message.contains("rbx 000000001234abcd"),
-        "{}",
-        end.message
-    );
-    assert!(
-        end.message.contains("rip 0000000000100005"),
-        "{}",
-        end.message
-    );
-    assert!(
-        end.message.contains("code at rip: 0f 0b"),
+        unknown || where_it_was.iter().all(|part| end.message.contains(part)),
         "{}",
         end.message
     );
