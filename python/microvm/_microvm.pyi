@@ -55,17 +55,22 @@ class Backend:
 def detect_backend() -> Backend:
     """Opens ``/dev/kvm``; raises KvmUnavailable, or the one of its kinds that fits."""
 
-def kernel_release(kernel: int, /) -> str | None:
+def kernel_release(path: str, /) -> str | None:
     """The release (``uname -r``) that a bzImage states; ``None`` for an ELF file."""
 
-def kernel_modules(directory: str, /) -> list[tuple[str, bytes]]:
-    """The modules a distribution's kernel needs for its root file system and the agent's link, in loading order."""
+def kernel_modules(root: str, release: str, wanted: list[str], /) -> list[tuple[str, bytes]]:
+    """The wanted modules that are not built in, and what they depend on, in loading order."""
 
 def initramfs(agent: bytes, modules: list[tuple[str, bytes]], /) -> bytes:
     """An archive with the agent as ``/init`` and the modules it loads first."""
 
 def default_image(
-    cache: str, executable: str, stdlib: list[str], progress: Callable[[int, int], object] | None = None, /
+    cache: str,
+    executable: str,
+    standard_library: list[str],
+    cache_tag: str,
+    progress: Callable[[int, int], object] | None = None,
+    /,
 ) -> str:
     """Path of the image of the host's userland, made if it is not in the cache."""
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["agent_path", "choose_kernel", "launch", "root_image", "vmm_path"]
 
+#: What a distribution's kernel needs for the transport, the root disk, its file systems, the agent's link and entropy.
+_MODULES = ("virtio_mmio", "virtio_blk", "erofs", "overlay", "vmw_vsock_virtio_transport", "virtio_rng")
+
 _BUNDLE = os.path.join(os.path.dirname(__file__), "_bundle")
 
 
@@ -53,7 +56,7 @@ def choose_kernel(config: SandboxConfig, backend: _microvm.Backend, progress: Pr
 
 def root_image(config: SandboxConfig, progress: Progress | None = None) -> str:
     """Path of the root file system's image: the default one, a packed directory, or the file that was given."""
-    cache = os.path.join(environment.cache_directory(), "images")
+    cache = environment.cache_directory()
     rootfs = config.rootfs
     if rootfs is None:
         return _default_image(cache, progress)
@@ -63,11 +66,13 @@ def root_image(config: SandboxConfig, progress: Progress | None = None) -> str:
 
 
 def _default_image(cache: str, progress: Progress | None) -> str:
-    import sysconfig
-
-    stdlib = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    # Of a virtual environment, the interpreter that it is of.
     executable = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    return _microvm.default_image(cache, executable, sorted(stdlib), _counted(progress, "packing the default image"))
+    # What sysconfig would say, without what importing it costs on every start.
+    library = {os.path.dirname(os.__file__), *(path for path in sys.path if os.path.basename(path) == "lib-dynload")}
+    tag = sys.implementation.cache_tag or ""
+    counted = _counted(progress, "packing the default image")
+    return _microvm.default_image(cache, executable, sorted(library), tag, counted)
 
 
 def _command_line(words: str, root_path: str) -> str:
@@ -79,20 +84,21 @@ def _counted(progress: Progress | None, what: str) -> Callable[[int, int], objec
     return None if progress is None else lambda done, total: progress(what, done, total)
 
 
-def _modules(kernel_path: str, kernel: int) -> list[tuple[str, bytes]]:
+def _modules(kernel: str) -> list[tuple[str, bytes]]:
     """What a distribution's kernel must load before it can mount its root; ours has everything built in."""
     directory = environment.get("MICROVM_MODULES")
     if directory is None:
         release = _microvm.kernel_release(kernel)
         if release is None:
             return []
-        beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(kernel_path))), "lib", "modules", release)
+        beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(kernel))), "lib", "modules", release)
         candidates = [beside, os.path.join("/lib/modules", release)]
         directory = next((path for path in candidates if os.path.isdir(path)), None)
         if directory is None:
             hint = "install that kernel's package, or set MICROVM_MODULES to its modules"
             raise KernelError(f"no modules for kernel {release} in {' or '.join(candidates)}", hint=hint)
-    return _microvm.kernel_modules(directory)
+    root, release = os.path.split(directory.rstrip("/"))
+    return _microvm.kernel_modules(root, release, list(_MODULES))
 
 
 def _open(path: str, field: str) -> int:
@@ -137,7 +143,7 @@ def launch(config: SandboxConfig, progress: Progress | None = None) -> _microvm.
         root_path = root_image(config, progress)
         root = _open(root_path, "rootfs")
         descriptors.append(root)
-        initrd = _initrd(config.initrd, _modules(kernel_path, kernel))
+        initrd = _initrd(config.initrd, _modules(kernel_path))
         descriptors.append(initrd)
         return _microvm.Sandbox.launch(
             vmm,

@@ -11,7 +11,7 @@ mod enter;
 mod error;
 mod exits;
 mod host;
-// mod image;
+mod image;
 mod sandbox;
 mod vm;
 
@@ -26,6 +26,8 @@ mod _microvm {
     };
     #[pymodule_export]
     use crate::host::{Backend, check_spec, detect_backend};
+    #[pymodule_export]
+    use crate::image::{default_image, directory_image, initramfs, kernel_modules, kernel_release};
     #[pymodule_export]
     use crate::sandbox::{Exited, Sandbox, SignalSender};
     #[pymodule_export]
