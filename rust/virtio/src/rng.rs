@@ -90,3 +90,55 @@ impl Device for Rng {
         self.active = None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BUFFERS, Ring, activate, guest_memory, interrupt};
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// What comes of one request for these buffers.
+    fn request(
+        buffers: &[(u64, u32, bool)],
+    ) -> (
+        Result<Progress, Malformed>,
+        Vec<(u16, u32)>,
+        GuestMemoryMmap,
+    ) {
+        let memory = guest_memory();
+        let mut ring = Ring::new(&memory, 0x1000, 8);
+        let (interrupt, _) = interrupt();
+        let mut rng = Rng::new();
+        rng.activate(memory.clone(), activate(&[&ring], true, &interrupt), 0)
+            .unwrap();
+        ring.add(buffers).unwrap();
+        let progress = rng.process(0);
+        (progress, ring.take_used(), memory)
+    }
+
+    #[test]
+    fn test_request_is_filled_to_its_last_byte() {
+        let (_, used, memory) = request(&[(BUFFERS, 100, true), (BUFFERS + 4096, 5000, true)]);
+        assert_eq!(used[0].1, 5100);
+        let mut bytes = vec![0; 5000];
+        memory
+            .read_slice(&mut bytes, GuestAddress(BUFFERS + 4096))
+            .unwrap();
+        // 16 zero bytes in a row at either end happen once in 2^128.
+        assert!(bytes[..16] != [0; 16] && bytes[4984..] != [0; 16]);
+    }
+
+    #[test]
+    fn test_request_of_megabytes_is_capped() {
+        let (progress, used, _) = request(&[(BUFFERS, 1 << 20, true)]);
+        assert_eq!(progress, Ok(Progress::Done));
+        assert_eq!(used[0].1, 64 * 1024);
+    }
+
+    #[test]
+    fn test_request_read_only_is_malformed() {
+        let (progress, used, _) = request(&[(BUFFERS, 64, false)]);
+        assert!(matches!(progress, Err(Malformed::Request(_))));
+        assert!(used.is_empty());
+    }
+}

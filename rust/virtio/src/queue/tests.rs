@@ -12,6 +12,9 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+/// A descriptor as it is in the table: address, length, flags, next.
+type Raw = (u64, u32, u16, u16);
+
 struct Bench {
     memory: GuestMemoryMmap,
     ring: Ring,
@@ -45,7 +48,7 @@ impl Bench {
 }
 
 /// Writes the descriptors at 0, 1, 2..., offers head 0 and returns what the gate says.
-fn verdict(descriptors: &[(u64, u32, u16, u16)]) -> Result<(usize, usize), Malformed> {
+fn verdict(descriptors: &[Raw]) -> Result<(usize, usize), Malformed> {
     let mut bench = Bench::new(false);
     for (&(address, length, flags, next), index) in descriptors.iter().zip(0..) {
         bench
@@ -59,7 +62,7 @@ fn verdict(descriptors: &[(u64, u32, u16, u16)]) -> Result<(usize, usize), Malfo
 
 #[test]
 fn test_pop_correct_chains_are_whole() {
-    let chains: [&[(u64, u32, u16, u16)]; 4] = [
+    let chains: [&[Raw]; 4] = [
         &[(BUFFERS, 16, 0, 0)],
         &[
             (BUFFERS, 16, NEXT, 1),
@@ -78,7 +81,7 @@ fn test_pop_correct_chains_are_whole() {
 #[test]
 fn test_pop_hostile_chain_is_malformed() {
     let b = BUFFERS;
-    let hostile: &[(&str, &[(u64, u32, u16, u16)])] = &[
+    let hostile: &[(&str, &[Raw])] = &[
         ("self loop", &[(b, 1, NEXT, 0)]),
         ("2-cycle", &[(b, 1, NEXT, 1), (b, 1, NEXT, 0)]),
         ("next beyond the queue", &[(b, 1, NEXT, 8)]),
@@ -349,10 +352,7 @@ fn test_validate_hostile_setups_are_refused() {
             ..good
         },
         QueueSetup { used: END, ..good },
-        QueueSetup {
-            used: u64::MAX & !3,
-            ..good
-        },
+        QueueSetup { used: !3, ..good },
         QueueSetup {
             available: good.descriptors,
             ..good
