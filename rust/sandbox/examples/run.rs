@@ -1,13 +1,15 @@
 //! Runs one command in a machine of its own, without Python, and prints how long each step took:
 //!
-//! `run VMM KERNEL INITRD|- ROOTFS|- [-c CONSOLE-FILE] [-n TIMES] [-t SECONDS] [-i] -- PROGRAM ARGUMENTS…`
+//! `run VMM KERNEL INITRD|- ROOTFS|- [-c CONSOLE-FILE] [-n TIMES] [-j THREADS] [-t SECONDS] [-i] [-s]
+//! -- PROGRAM ARGUMENTS…`
 //!
-//! `-i` passes standard input on; `-n` runs the command that many times in the one machine.
+//! `-i` passes standard input on; `-n` runs the command that many times in the one machine, `-j` in that many
+//! threads at once; `-s` ends the machine in order.
 
-use microvm_sandbox::{DriveSpec, ExecRequest, Input, Launch, MachineSpec, Output, Sandbox, Streams};
+use microvm_sandbox::{DriveSpec, ExecRequest, ExitStatus, Input, Launch, MachineSpec, Output, Sandbox, Streams};
 use std::error::Error;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -26,12 +28,23 @@ struct Words {
     console: Option<OwnedFd>,
     times: u32,
     timeout: Option<Duration>,
+    threads: u32,
     stdin: bool,
+    stop: bool,
     argv: Vec<String>,
 }
 
 fn words() -> Result<Words, Box<dyn Error>> {
-    let mut words = Words { files: Vec::new(), console: None, times: 1, timeout: None, stdin: false, argv: Vec::new() };
+    let mut words = Words {
+        files: Vec::new(),
+        console: None,
+        times: 1,
+        timeout: None,
+        threads: 1,
+        stdin: false,
+        stop: false,
+        argv: Vec::new(),
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(word) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{word} needs a value"));
@@ -39,7 +52,9 @@ fn words() -> Result<Words, Box<dyn Error>> {
             "-c" => words.console = Some(File::create(value()?)?.into()),
             "-n" => words.times = value()?.parse()?,
             "-t" => words.timeout = Some(Duration::from_secs_f64(value()?.parse()?)),
+            "-j" => words.threads = value()?.parse()?,
             "-i" => words.stdin = true,
+            "-s" => words.stop = true,
             "--" => words.argv = arguments.by_ref().collect(),
             _ => words.files.push(word),
         }
@@ -49,7 +64,8 @@ fn words() -> Result<Words, Box<dyn Error>> {
 
 fn run() -> Result<u8, Box<dyn Error>> {
     let begun = Instant::now();
-    let words = words()?;
+    let mut words = words()?;
+    let console = words.console.take();
     let [vmm, kernel, initrd, rootfs] = words.files.as_slice() else {
         return Err("usage: run VMM KERNEL INITRD|- ROOTFS|- [options] -- PROGRAM ARGUMENTS…".into());
     };
@@ -70,12 +86,30 @@ fn run() -> Result<u8, Box<dyn Error>> {
         kernel: File::open(kernel)?,
         initrd: optional(initrd)?,
         drives,
-        console: words.console,
+        console,
         boot_timeout: Duration::from_secs(30),
     };
     let mut check = || Ok(());
     let sandbox = Sandbox::launch(launch, &mut check)?;
     eprintln!("kernel {}, {:?}", sandbox.kernel(), sandbox.timings());
+    let code = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..words.threads)
+            .map(|_| scope.spawn(|| commands(&sandbox, &words).map_err(|error| error.to_string())))
+            .collect();
+        threads
+            .into_iter()
+            .try_fold(0, |code, thread| thread.join().map_err(|_| "panic".to_owned())?.map(|new| code | new))
+    })?;
+    let stopping = Instant::now();
+    if words.stop {
+        eprintln!("{:?}", sandbox.stop(Duration::from_secs(5), &mut check)?);
+    }
+    drop(sandbox);
+    eprintln!("ended in {:?}, all in {:?}", stopping.elapsed(), begun.elapsed());
+    Ok(code)
+}
+
+fn commands(sandbox: &Sandbox, words: &Words) -> Result<u8, Box<dyn Error>> {
     let mut code = 0;
     for _ in 0..words.times {
         let request = ExecRequest {
@@ -84,23 +118,20 @@ fn run() -> Result<u8, Box<dyn Error>> {
             timeout_ms: words.timeout.map(|limit| u64::try_from(limit.as_millis())).transpose()?,
             ..ExecRequest::default()
         };
-        let own = |fd: &dyn std::os::fd::AsFd| fd.as_fd().try_clone_to_owned();
+        let own = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned();
         let streams = Streams {
             stdin: if words.stdin { Input::Fd(own(&std::io::stdin())?) } else { Input::Null },
             stdout: Output::Fd(own(&std::io::stdout())?),
             stderr: Output::Fd(own(&std::io::stderr())?),
             signals: None,
         };
-        let exited = sandbox.exec(request, streams, &mut check)?;
+        let exited = sandbox.exec(request, streams, &mut || Ok(()))?;
         eprintln!("{:?} after {:?}", exited.status, exited.duration);
         code = match exited.status {
-            microvm_sandbox::ExitStatus::Code(code) => code,
-            microvm_sandbox::ExitStatus::Signal(_) => 128,
-            microvm_sandbox::ExitStatus::TimedOut => 124,
+            ExitStatus::Code(code) => code,
+            ExitStatus::Signal(_) => 128,
+            ExitStatus::TimedOut => 124,
         };
     }
-    let stopping = Instant::now();
-    drop(sandbox);
-    eprintln!("ended in {:?}, all in {:?}", stopping.elapsed(), begun.elapsed());
     Ok(code)
 }

@@ -41,8 +41,13 @@ impl ReadyStream {
         self.stream.as_fd()
     }
 
-    /// Reads once, without waiting, and gives the next message if it is whole.
+    /// The next message, if it is there; never waits. To be called until there is none, since `poll` knows
+    /// nothing of messages that came together with an earlier one.
     pub fn read(&mut self) -> Option<Said> {
+        self.next().or_else(|| self.receive())
+    }
+
+    fn receive(&mut self) -> Option<Said> {
         let mut bytes = [0; 4096];
         match rustix::net::recv(&self.stream, &mut bytes[..], RecvFlags::DONTWAIT) {
             Ok((_, 0)) | Err(Errno::CONNRESET) => return Some(Said::End),
@@ -50,6 +55,10 @@ impl ReadyStream {
             Err(Errno::AGAIN | Errno::INTR) => return None,
             Err(error) => return Some(Said::Nonsense(format!("the agent's ready stream: {error}"))),
         }
+        self.next()
+    }
+
+    fn next(&mut self) -> Option<Said> {
         match self.frames.next() {
             Ok(None) => None,
             Ok(Some(FromAgent::Hello { kernel, .. })) if !self.greeted => {

@@ -190,9 +190,15 @@ impl<'a> Session<'a> {
     }
 
     fn read_ready(&mut self) -> Step {
-        match self.ready.as_mut().and_then(ReadyStream::read) {
-            None => Ok(()),
-            Some(Said::Hello(kernel)) => {
+        while let Some(said) = self.ready.as_mut().and_then(ReadyStream::read) {
+            self.heard(said)?;
+        }
+        Ok(())
+    }
+
+    fn heard(&mut self, said: Said) -> Step {
+        match said {
+            Said::Hello(kernel) => {
                 self.greeted = true;
                 self.send(&Event::Ready {
                     kernel,
@@ -202,9 +208,9 @@ impl<'a> Session<'a> {
                 let waiting = std::mem::take(&mut self.waiting);
                 waiting.into_iter().try_for_each(|(id, port)| self.connect(id, port))
             }
-            Some(Said::Goodbye) => Err(End::new(EndReason::Stopped, "the agent ended the machine in order")),
-            Some(Said::Nonsense(words)) if !self.greeted => Err(End::new(EndReason::GuestFault, words)),
-            Some(Said::End | Said::Nonsense(_)) => {
+            Said::Goodbye => Err(End::new(EndReason::Stopped, "the agent ended the machine in order")),
+            Said::Nonsense(words) if !self.greeted => Err(End::new(EndReason::GuestFault, words)),
+            Said::End | Said::Nonsense(_) => {
                 self.ready = None;
                 Ok(())
             }
