@@ -141,7 +141,12 @@ impl Sandbox {
         let begun = Instant::now();
         self.owned()?;
         let command = Command::new(request, streams)?;
-        let stream = self.connect(EXEC_PORT, CONNECT_LIMIT, check)?;
+        let limit = command.limit().filter(|limit| *limit <= CONNECT_LIMIT);
+        let stream = match self.connect(EXEC_PORT, limit.unwrap_or(CONNECT_LIMIT), check) {
+            // A guest that hangs keeps no time limit either.
+            Err(SandboxError::Timeout { .. }) if limit.is_some() => return Ok(Exited::never_begun(begun)),
+            connected => connected?,
+        };
         match command.run(stream, begun, check)? {
             Ending::Exited(exited) => Ok(exited),
             Ending::Lost => Err(self.lost(check)?),

@@ -19,7 +19,8 @@ mod start;
 use microvm_link::ControlSocket;
 use microvm_protocol::control::CONTROL_FD;
 use server::Server;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -29,10 +30,7 @@ fn main() -> ExitCode {
         println!("microvm-vmm {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
-    // SAFETY: nothing has been opened in this process yet, so nobody else owns the number; if it is not open at
-    // all, every use of it fails and the message below says so.
-    let socket = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
-    let control = match ControlSocket::from_fd(socket) {
+    let control = match inherited(CONTROL_FD).and_then(ControlSocket::from_fd) {
         Ok(control) => control,
         Err(error) => {
             eprintln!(
@@ -48,4 +46,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Takes a descriptor that the client left open for this process.
+fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: borrowed for one call, which fails if the number is not open.
+    rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) })?;
+    // SAFETY: it is open, and nothing has been opened in this process yet, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

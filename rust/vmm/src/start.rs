@@ -122,8 +122,8 @@ impl Start {
 
         let mut devices = Vec::new();
         for (index, (drive, file)) in self.spec.drives.iter().zip(descriptors.by_ref()).enumerate() {
-            let device = Block::new(File::from(file), drive.read_only)
-                .map_err(|source| StartError::Drive { index, source })?;
+            let device =
+                Block::new(File::from(file), drive.read_only).map_err(|source| StartError::Drive { index, source })?;
             devices.push(NewDevice { name: format!("drive{index}"), device: Box::new(device) });
         }
         let (vsock, handle) = Vsock::new(GUEST_CID, Box::new(ready_port(notifier.clone())))?;

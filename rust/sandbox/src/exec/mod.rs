@@ -79,6 +79,13 @@ pub struct Exited {
     pub duration: Duration,
 }
 
+impl Exited {
+    /// A command whose time was over before the guest took it.
+    pub(crate) fn never_begun(begun: Instant) -> Exited {
+        Exited { status: ExitStatus::TimedOut, stdout: Vec::new(), stderr: Vec::new(), duration: begun.elapsed() }
+    }
+}
+
 /// How a pump ended, if not with an error.
 #[derive(Debug)]
 pub(crate) enum Ending {
@@ -108,6 +115,11 @@ impl Command {
             ),
         })?;
         Ok(Command { opening, limit, streams })
+    }
+
+    /// When the host enforces the time limit, if there is one.
+    pub fn limit(&self) -> Option<Duration> {
+        self.limit
     }
 
     /// Runs it over `stream`, which is closed at the end. `begun` is when the caller asked for it.
