@@ -231,7 +231,7 @@ impl Sandbox {
         }
     }
 
-    fn wait_ready(&self, limit: Duration, check: Check<'_>) -> Result<Ready, SandboxError> {
+    pub(crate) fn wait_ready(&self, limit: Duration, check: Check<'_>) -> Result<Ready, SandboxError> {
         let probe = |state: &mut State| match state.end() {
             Some(error) => Some(Err(error)),
             None => state.ready.clone().map(Ok),

@@ -474,6 +474,60 @@ fn requests_no_guest_could_run_are_refused_by_field() {
 }
 
 #[test]
+fn a_guest_that_never_gets_ready_is_killed_and_its_console_shown() {
+    let (sandbox, vmm) = sandbox();
+    let served = thread::spawn(move || {
+        assert_eq!(vmm.request(), Some(Request::Kill));
+        vmm.send(&Event::Ended(report(EndReason::Stopped)));
+    });
+    let error = sandbox.wait_ready(Duration::from_millis(100), &mut never).unwrap_err();
+    served.join().unwrap();
+    assert!(matches!(error, SandboxError::BootTimeout { .. }), "{error:?}");
+    assert_eq!(error.console_tail(), Some(&b"last words\n"[..]));
+    assert!(error.to_string().contains("console: last words"), "{error}");
+}
+
+#[test]
+fn a_machine_that_ends_before_it_is_ready_did_not_boot() {
+    for (reason, expected) in [(EndReason::Reset, "did not boot"), (EndReason::Kvm, "why"), (EndReason::Config, "why")] {
+        let (sandbox, vmm) = sandbox();
+        vmm.send(&Event::Ended(report(reason)));
+        let error = sandbox.wait_ready(SECOND, &mut never).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(!matches!(error, SandboxError::BootTimeout { .. } | SandboxError::Ended(_)), "{error:?}");
+    }
+}
+
+#[test]
+fn a_missing_vmm_and_a_bad_specification_are_named() {
+    let null = || std::fs::File::open("/dev/null").unwrap();
+    let spec = MachineSpec {
+        vcpus: 1,
+        memory: 64 << 20,
+        initrd: false,
+        command_line: String::new(),
+        drives: Vec::new(),
+        console: false,
+        profile_us: None,
+    };
+    let launch = |spec, drives| Launch {
+        vmm: "/no/such/vmm".into(),
+        spec,
+        kernel: null(),
+        initrd: None,
+        drives,
+        console: None,
+        boot_timeout: SECOND,
+    };
+    let error = Sandbox::launch(launch(spec.clone(), vec![]), &mut never).unwrap_err();
+    assert!(matches!(error, SandboxError::Spawn { .. }) && error.to_string().contains("/no/such/vmm"), "{error}");
+    let error = Sandbox::launch(launch(spec.clone(), vec![null()]), &mut never).unwrap_err();
+    assert!(matches!(error, SandboxError::Config { field: Some("drives"), .. }), "{error:?}");
+    let error = Sandbox::launch(launch(MachineSpec { memory: 1, ..spec }, vec![]), &mut never).unwrap_err();
+    assert!(matches!(error, SandboxError::Config { field: Some("memory"), .. }), "{error:?}");
+}
+
+#[test]
 fn stop_asks_the_agent_and_gives_the_report() {
     let (sandbox, vmm) = sandbox();
     let served = thread::spawn(move || {
