@@ -221,6 +221,7 @@ impl Machine {
     /// Lets the vCPUs run, each on a thread of its own.
     ///
     /// `on_end` is called once, on one of these threads, if the machine ends by itself; not after [`Machine::stop`].
+    /// It should pass the news on and return: `stop` waits for the thread it runs on.
     ///
     /// # Errors
     /// [`MachineError::Started`], or [`MachineError::Host`] if there are no more threads.

@@ -142,6 +142,10 @@ impl Vcpu {
             if !fixed {
                 return Ok(Exit::InternalError(error));
             }
+            // A guest made of such instructions is hardly ever inside KVM_RUN when the timer's signal comes.
+            if limit.is_some_and(|(start, timeout)| start.elapsed() >= timeout) {
+                self.kicker.page().set_immediate_exit(true);
+            }
         }
     }
 

@@ -40,7 +40,6 @@ pub struct Vm {
     cpuid: CpuId,
     vcpus: u8,
     fix_ups: bool,
-    run_size: usize,
 }
 
 /// What must outlive every vCPU: KVM reads and writes guest memory through its host addresses.
@@ -73,10 +72,6 @@ impl Vm {
         };
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(CallError::of("KVM_SET_TSS_ADDR"))?;
-        let run_size = backend
-            .kvm()
-            .get_vcpu_mmap_size()
-            .map_err(CallError::of("KVM_GET_VCPU_MMAP_SIZE"))?;
         Ok(Self {
             inner: Arc::new(VmInner {
                 fd,
@@ -85,7 +80,6 @@ impl Vm {
             cpuid: backend.cpuid()?,
             vcpus,
             fix_ups: backend.needs_fix_ups(),
-            run_size,
         })
     }
 
@@ -199,7 +193,7 @@ impl Vm {
             fd,
             index,
             self.fix_ups,
-            self.run_size,
+            self.inner.fd.run_size(),
             signal,
             Arc::clone(&self.inner),
         )?)

@@ -161,6 +161,18 @@ fn run_endless_guest_ends_when_the_time_is_over() {
 }
 
 #[test]
+fn run_endless_refused_instructions_ends_when_the_time_is_over() {
+    let Some(backend) = backend() else { return };
+    let mut vcpu = real_mode(&backend, &[0x9b, 0xeb, 0xfd]); // again: fwait; jmp again
+    let start = Instant::now();
+    assert_eq!(
+        vcpu.run(Some(Duration::from_millis(50))).unwrap(),
+        Exit::Timeout
+    );
+    assert!(start.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
 fn run_with_no_time_completes_the_access_before() {
     let Some(backend) = backend() else { return };
     let mut vcpu = real_mode(&backend, &[0xe4, 0x11, 0xeb, 0xfe]); // in al, 0x11; jmp .
