@@ -219,7 +219,7 @@ impl Manifest {
     }
 
     fn time(&mut self, time: Timestamp) {
-        self.number(time.seconds.cast_unsigned());
+        self.number(time.seconds as u64);
         self.number(u64::from(time.nanoseconds));
     }
 

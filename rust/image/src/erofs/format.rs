@@ -64,7 +64,7 @@ impl Inode<'_> {
         put32(&mut bytes, metadata.uid);
         put32(&mut bytes, metadata.gid);
         // Times before 1970 are kept as two's complement, as the kernel reads them.
-        put64(&mut bytes, metadata.modified.seconds.cast_unsigned());
+        put64(&mut bytes, metadata.modified.seconds as u64);
         put32(&mut bytes, metadata.modified.nanoseconds);
         put32(&mut bytes, self.links);
         bytes.resize(64, 0);

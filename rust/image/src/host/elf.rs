@@ -78,9 +78,10 @@ fn parse_dynamic(
     if !read_at(file, &mut table, segment.p_offset)? {
         return Ok(false);
     }
-    let words: Vec<u64> =
-        table.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-    let entries = words.as_chunks::<2>().0.iter().map(|[tag, value]| (*tag, *value));
+    let entries = table.chunks_exact(16).filter_map(|entry| {
+        let (tag, value) = entry.split_first_chunk::<8>()?;
+        Some((u64::from_le_bytes(*tag), u64::from_le_bytes(*value.first_chunk::<8>()?)))
+    });
     let entries: Vec<(u64, u64)> = entries.take_while(|(tag, _)| *tag != DT_NULL).collect();
     let Some((_, address)) = entries.iter().find(|(tag, _)| *tag == DT_STRTAB) else { return Ok(true) };
     let Some(strings) = file_offset(*address, segments) else { return Ok(false) };

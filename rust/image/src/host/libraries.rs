@@ -26,7 +26,7 @@ pub struct Libraries {
     /// which comes between them.
     preferred: Vec<PathBuf>,
     system: Vec<PathBuf>,
-    /// What each file examined so far needs.
+    /// What each path examined so far needs; `None` also if nothing is there.
     examined: HashMap<PathBuf, Option<Rc<Dynamic>>>,
     /// Files taken, with the inherited directories they were searched with.
     taken: HashSet<(PathBuf, Vec<PathBuf>)>,
@@ -155,14 +155,14 @@ impl Libraries {
 
     /// Whether the loader would take the file at `path`: a library of another architecture it passes by.
     fn is_library(&mut self, path: &Path) -> Result<bool, ImageError> {
-        Ok(path.is_file() && self.examine(path)?.is_some())
+        Ok(self.examine(path)?.is_some())
     }
 
     fn examine(&mut self, path: &Path) -> Result<Option<Rc<Dynamic>>, ImageError> {
         if let Some(dynamic) = self.examined.get(path) {
             return Ok(dynamic.clone());
         }
-        let dynamic = elf::read(path)?.map(Rc::new);
+        let dynamic = if path.is_file() { elf::read(path)?.map(Rc::new) } else { None };
         self.examined.insert(path.to_owned(), dynamic.clone());
         Ok(dynamic)
     }
@@ -170,24 +170,21 @@ impl Libraries {
 
 /// The directories of a `DT_RPATH` or `DT_RUNPATH` of the file at `path`.
 fn own_directories(path: &Path, list: Option<&str>) -> Vec<PathBuf> {
-    let mut directories = Vec::new();
-    // The loader takes the path it loaded the file by; for a program that is the one without symbolic links.
+    let Some(list) = list else { return Vec::new() };
     let mut origins: Vec<PathBuf> = path.parent().map(Path::to_owned).into_iter().collect();
-    if let Ok(real) = fs::canonicalize(path)
-        && let Some(parent) = real.parent()
-        && !origins.iter().any(|origin| origin == parent)
+    // The loader takes the path it loaded a library by; for a program the one without symbolic links.
+    if list.contains("ORIGIN")
+        && let Ok(real) = fs::canonicalize(path)
     {
-        origins.push(parent.to_owned());
+        origins.extend(real.parent().map(Path::to_owned));
     }
-    for entry in list.into_iter().flat_map(|list| list.split(':')) {
+    let mut directories = Vec::new();
+    for entry in list.split(':') {
         for origin in &origins {
+            let entry = replace_token(entry, "ORIGIN", &origin.to_string_lossy());
+            let entry = replace_token(&entry, "PLATFORM", "x86_64");
             for lib in LIB_NAMES {
-                let mut text = entry.to_owned();
-                let origin = origin.to_string_lossy();
-                for (token, value) in [("ORIGIN", origin.as_ref()), ("LIB", lib), ("PLATFORM", "x86_64")] {
-                    text = text.replace(&format!("${{{token}}}"), value).replace(&format!("${token}"), value);
-                }
-                let directory = PathBuf::from(text);
+                let directory = PathBuf::from(replace_token(&entry, "LIB", lib));
                 if directory.is_absolute() && !directories.contains(&directory) {
                     directories.push(directory);
                 }
@@ -195,6 +192,11 @@ fn own_directories(path: &Path, list: Option<&str>) -> Vec<PathBuf> {
         }
     }
     directories
+}
+
+/// `$TOKEN` and `${TOKEN}` mean the same.
+fn replace_token(text: &str, token: &str, value: &str) -> String {
+    text.replace(&format!("${{{token}}}"), value).replace(&format!("${token}"), value)
 }
 
 /// The directories in a file like `/etc/ld.so.conf`; a file that is not there has none.

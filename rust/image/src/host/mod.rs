@@ -46,7 +46,7 @@ pub struct HostOptions {
     pub python: Option<Python>,
     /// Programs to take, by name, or by absolute path. Those the host does not have are left out, but for "sh".
     pub tools: Vec<String>,
-    /// Directories to look for programs in, before the system's own.
+    /// Directories to look for programs in, after the system's own.
     pub search_path: Vec<PathBuf>,
     /// Directories to look for libraries in, before the system's own: what `LD_LIBRARY_PATH` says.
     pub library_path: Vec<PathBuf>,
@@ -106,11 +106,9 @@ fn add_tools(
     libraries: &mut Libraries,
 ) -> Result<(), ImageError> {
     let mut pending: Vec<(String, bool)> = options.tools.iter().map(|name| (name.clone(), name == "sh")).collect();
-    let mut directories = options.search_path.clone();
-    directories.extend(SYSTEM_PATH.map(PathBuf::from));
-    // Version managers put wrappers of their own programs first in PATH. What the image needs under these names are
-    // the system's programs, where it has them.
-    directories.sort_by_key(|directory| !SYSTEM_PATH.iter().any(|system| Path::new(system) == directory));
+    // The system's own first: version managers put wrappers first in PATH, which are of no use in a guest.
+    let mut directories: Vec<PathBuf> = SYSTEM_PATH.map(PathBuf::from).to_vec();
+    directories.extend(options.search_path.iter().cloned());
     while let Some((name, required)) = pending.pop() {
         let Some(path) = directories.iter().map(|directory| directory.join(&name)).find(|path| is_program(path)) else {
             if required {

@@ -82,10 +82,9 @@ pub fn directories(collector: &mut Collector) -> Result<(), ImageError> {
         collector.add(Path::new(path))?;
     }
     for (path, mode) in DIRECTORIES {
-        // On merged systems some of these are links.
-        if collector.add(Path::new(path))?.is_none() {
-            collector.tree_mut().add_directory(path, mode)?;
-        } else if collector.tree().get(path).is_some_and(|node| node.is_directory()) {
+        collector.add(Path::new(path))?;
+        // On some systems one of these is a link.
+        if collector.tree().get(path).is_none_or(|node| node.is_directory()) {
             collector.tree_mut().add_directory(path, mode)?;
         }
     }
