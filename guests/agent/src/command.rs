@@ -12,6 +12,7 @@ use crate::spawn::SpawnError;
 use crate::tree;
 use crate::watch::{Source, Token, Watched};
 use microvm_protocol::agent::{ExitStatus, FromAgent};
+use rustix::buffer::spare_capacity;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -175,7 +176,7 @@ impl Command {
         source: Source,
         flags: EventFlags,
         output: &mut Output,
-        scratch: &mut [u8],
+        scratch: &mut Vec<u8>,
     ) {
         let (pipe, wrap): (_, fn(Vec<u8>) -> FromAgent) = match source {
             Source::Stdout => (&mut self.stdout, FromAgent::Stdout),
@@ -183,10 +184,16 @@ impl Command {
             Source::Stdin | Source::Socket => return self.stdin.write(),
         };
         while let Some(watched) = pipe {
-            match rustix::io::read(watched.fd(), &mut *scratch) {
+            scratch.clear();
+            match rustix::io::read(watched.fd(), spare_capacity(scratch)) {
                 Ok(0) => *pipe = None,
-                Ok(length) => {
-                    output.push(&wrap(scratch.get(..length).unwrap_or_default().to_vec()));
+                Ok(_) => {
+                    // The message borrows the buffer by owning it for a moment.
+                    let message = wrap(std::mem::take(scratch));
+                    output.push(&message);
+                    if let FromAgent::Stdout(bytes) | FromAgent::Stderr(bytes) = message {
+                        *scratch = bytes;
+                    }
                     // One piece, for fairness, except when nobody can write any more: then up to the end.
                     if !flags.contains(EventFlags::HUP) || output.is_full() {
                         break;

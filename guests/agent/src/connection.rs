@@ -7,6 +7,7 @@ use crate::spawn::Spawner;
 use crate::watch::{Source, Token, Watched};
 use microvm_protocol::agent::{ExecFailure, ExecRequest, ExitStatus, FromAgent, ToAgent};
 use microvm_protocol::frame::{self, FrameBuffer, MAX_CHUNK};
+use rustix::buffer::spare_capacity;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -30,7 +31,7 @@ pub struct Context {
     pub groups: Groups,
     /// Process ids of the commands, and their connections.
     pub leaders: BTreeMap<i32, u64>,
-    /// Room to read into.
+    /// Room to read into. Capacity only: zeroing it would touch all of its pages.
     pub scratch: Vec<u8>,
     /// Set when the host wants the machine to end.
     pub power_off: bool,
@@ -44,7 +45,7 @@ impl Context {
             spawner,
             groups,
             leaders: BTreeMap::new(),
-            scratch: vec![0; MAX_CHUNK],
+            scratch: Vec::with_capacity(MAX_CHUNK),
             power_off: false,
         }
     }
@@ -201,11 +202,12 @@ impl Connection {
     }
 
     fn receive(&mut self, context: &mut Context) {
-        match rustix::net::recv(self.socket.fd(), &mut *context.scratch, RecvFlags::DONTWAIT) {
+        context.scratch.clear();
+        let room = spare_capacity(&mut context.scratch);
+        match rustix::net::recv(self.socket.fd(), room, RecvFlags::DONTWAIT) {
             Ok((0, _)) => self.abort(context),
-            Ok((length, _)) => {
-                self.input
-                    .extend(context.scratch.get(..length).unwrap_or_default());
+            Ok(_) => {
+                self.input.extend(&context.scratch);
                 loop {
                     match self.input.next::<ToAgent>() {
                         Ok(Some(message)) => self.handle(message, context),

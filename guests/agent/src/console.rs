@@ -2,7 +2,6 @@
 //! serial port costs two exits to the VMM.
 
 use rustix::fs::{Mode, OFlags};
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// How long the console may take to send what was written, before the machine restarts under it.
@@ -11,7 +10,7 @@ const DRAIN: Duration = Duration::from_millis(200);
 /// Reports trouble that the guest survives.
 pub fn report(message: &str) {
     let line = format!("microvm-agent: {message}\n");
-    if std::io::stderr().write_all(line.as_bytes()).is_err() {
+    if rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).is_err() {
         to_kernel_log("<4>", &line);
     }
 }

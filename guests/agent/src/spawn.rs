@@ -14,6 +14,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use std::ffi::{CString, c_char, c_int, c_void};
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 
 /// Stack of the child until it executes its program; two pages of it are used.
@@ -63,6 +64,7 @@ pub enum SpawnError {
 #[derive(Debug)]
 pub struct Spawner {
     null: OwnedFd,
+    /// Capacity only: zeroing it would touch all of its pages.
     stack: Vec<u8>,
     limits: Limits,
 }
@@ -148,7 +150,7 @@ impl Spawner {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Spawner {
             null,
-            stack: vec![0; STACK],
+            stack: Vec::with_capacity(STACK),
             limits,
         })
     }
@@ -202,7 +204,8 @@ impl Spawner {
         };
         // SAFETY: the plan and all that it points to live until the end of this function, and the stack is used
         // by nobody else: the call returns when the child is done with both.
-        let pid = unsafe { clone_and_run(&mut plan, &mut self.stack, group) }.map_err(resources)?;
+        let pid = unsafe { clone_and_run(&mut plan, self.stack.spare_capacity_mut(), group) }
+            .map_err(resources)?;
         if plan.failed_step == STEP_NONE {
             return Ok(Child {
                 pid,
@@ -252,7 +255,7 @@ fn reap(pid: i32) {
 /// `plan` must satisfy [`run_child`], and `stack` must not be in use.
 unsafe fn clone_and_run(
     plan: &mut Plan,
-    stack: &mut [u8],
+    stack: &mut [MaybeUninit<u8>],
     group: Option<&Group>,
 ) -> Result<i32, Errno> {
     // The end of the stack must be a multiple of 16.
