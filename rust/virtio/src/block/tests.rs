@@ -275,6 +275,23 @@ fn test_ranges_hostile_are_refused() {
 }
 
 #[test]
+fn test_ranges_longer_than_the_limit_are_refused_though_the_disk_is_larger() {
+    let mut bench = Bench::new(false, FLUSH | RANGES);
+    bench.file.set_len(64 << 20).unwrap();
+    bench.disk = Block::new(bench.file.try_clone().unwrap(), false).unwrap();
+    let (interrupt, _) = interrupt();
+    let queues = activate(&[&bench.ring], true, &interrupt);
+    bench
+        .disk
+        .activate(bench.memory.clone(), queues, FLUSH | RANGES)
+        .unwrap();
+    for kind in [11, 13] {
+        assert_eq!(bench.ranges(kind, &[(0, MAX_RANGE_SECTORS, 0)]), OK);
+        assert_eq!(bench.ranges(kind, &[(0, MAX_RANGE_SECTORS + 1, 0)]), IOERR);
+    }
+}
+
+#[test]
 fn test_file_truncated_underneath_is_an_error_status() {
     let mut bench = Bench::new(false, FLUSH);
     bench.file.set_len(700).unwrap();

@@ -300,6 +300,33 @@ fn test_queue_writes_outside_their_time_are_ignored() {
 }
 
 #[test]
+fn test_queue_of_a_ready_queue_does_not_change() {
+    let bench = Bench::rng();
+    let ring = bench.ring();
+    for status in [1, 3] {
+        bench.write(STATUS, status);
+    }
+    bench.write(0x24, 1);
+    bench.write(0x20, 1);
+    bench.write(STATUS, 0xb);
+    bench.write(0x38, 8);
+    for (register, address) in [
+        (0x80, ring.descriptors),
+        (0x90, ring.available),
+        (0xa0, ring.used),
+    ] {
+        bench.write(register, u32::try_from(address).unwrap());
+    }
+    bench.write(0x44, 1);
+    // None of these would pass validation.
+    bench.write(0x38, 3);
+    bench.write(0x80, u32::try_from(HOLE).unwrap());
+    bench.write(0xa4, u32::MAX);
+    bench.write(STATUS, 0xf);
+    assert_eq!(bench.status(), 0xf);
+}
+
+#[test]
 fn test_driver_ok_with_hostile_queues_needs_reset_and_says_so() {
     let configure: &[&dyn Fn(&Bench)] = &[
         &|_| {},

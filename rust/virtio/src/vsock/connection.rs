@@ -4,7 +4,7 @@ use super::WINDOW;
 use super::handle::Completion;
 use super::packet::{HOST_CID, Header, Operation, TYPE_STREAM, shutdown};
 use crate::queue::{Reader, ShortBuffer, Writer};
-use rustix::net::{SendFlags, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
@@ -149,6 +149,15 @@ impl Connection {
             buffer: WINDOW,
             forwarded: self.forwarded,
         }
+    }
+
+    /// Looks whether the socket has neither bytes nor its end, without taking any.
+    pub fn has_nothing(&mut self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        if recv(&self.stream, &mut [0u8; 1], flags).err() == Some(rustix::io::Errno::WOULDBLOCK) {
+            self.readable = false;
+        }
+        !self.readable
     }
 
     /// Moves bytes from the socket into the guest's buffer, within the guest's credit, which is not 0.

@@ -198,6 +198,9 @@ impl Active {
             }
             left = left.saturating_sub(1);
             let Some(chain) = self.receive.pop(&self.memory)? else {
+                if !streams.really_wants_to_send() {
+                    break;
+                }
                 // Only a device that lacks buffers wants to hear of new ones.
                 self.starved = true;
                 if self.receive.request_kicks(&self.memory)? {

@@ -83,6 +83,22 @@ impl Streams {
         !self.outgoing.is_empty() || !self.ready.is_empty()
     }
 
+    /// Like [`Streams::wants_to_send`], but looks into the sockets: a guest is not asked for buffers for nothing.
+    pub fn really_wants_to_send(&mut self) -> bool {
+        while self.outgoing.is_empty()
+            && let Some(id) = self.ready.front()
+        {
+            if let Some(connection) = self.connections.get_mut(id) {
+                if !connection.has_nothing() {
+                    return true;
+                }
+                connection.queued = false;
+            }
+            self.ready.pop_front();
+        }
+        !self.outgoing.is_empty()
+    }
+
     pub fn is_full_of_replies(&self) -> bool {
         self.outgoing.len() >= MAX_REPLIES
     }

@@ -8,6 +8,7 @@ mod streams;
 use super::packet::{HEADER, HOST_CID, Header, Operation, TYPE_STREAM, shutdown};
 use super::*;
 use crate::testing::{BUFFERS, Ring, activate, guest_memory, interrupt};
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use std::io::{ErrorKind, Read, Write};
 use std::sync::mpsc::{Receiver as Channel, channel};
 use vm_memory::{Bytes, GuestAddress};
@@ -49,6 +50,9 @@ impl Bench {
             Box::new(move |port| {
                 let (ours, theirs) = UnixStream::pair().unwrap();
                 ours.set_nonblocking(true).unwrap();
+                if port == SMALL_PORT {
+                    set_socket_send_buffer_size(&theirs, 1).unwrap();
+                }
                 sender.send(ours).unwrap();
                 (port < 100).then_some(theirs)
             }),
@@ -193,6 +197,9 @@ impl Bench {
         self.send(packet, bytes).unwrap();
     }
 }
+
+/// The host's socket for this port takes a few KiB only, so that most bytes wait in the device.
+const SMALL_PORT: u32 = 6;
 
 /// Guest port, host port.
 const GUEST: (u32, u32) = (1000, 5);

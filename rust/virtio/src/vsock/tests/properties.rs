@@ -29,6 +29,7 @@ fn step() -> impl Strategy<Value = Step> {
 /// A guest's end of a stream that keeps to the rules, and checks that the device does.
 #[derive(Default)]
 struct GuestEnd {
+    port: u32,
     window: u32,
     received: Vec<u8>,
     consumed: u32,
@@ -42,7 +43,7 @@ impl GuestEnd {
         Header {
             buffer: self.window,
             forwarded: self.consumed,
-            ..header(operation, GUEST)
+            ..header(operation, (1000, self.port))
         }
     }
 
@@ -101,9 +102,10 @@ proptest! {
         window in 1u32..50_000,
         count in 1u64..16,
         size in 45u32..6000,
+        port in 5u32..=SMALL_PORT,
     ) {
         let mut bench = Bench::with_receive_buffers(count, size);
-        let mut guest = GuestEnd { window, ..GuestEnd::default() };
+        let mut guest = GuestEnd { window, port, ..GuestEnd::default() };
         bench.send(guest.header(Operation::Request), &[]).unwrap();
         let mut host = bench.accepted.try_recv().unwrap();
         let (mut host_sent, mut host_received, mut guest_sent) = (0usize, Vec::<u8>::new(), 0usize);
