@@ -9,11 +9,18 @@ use std::io::Write;
 
 const MEMORY: u64 = 4 << 20;
 /// Magic numbers the fuzzer would otherwise have to guess, by the input's first byte.
-const PAYLOADS: [&[u8]; 4] = [b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18"];
+const PAYLOADS: [&[u8]; 4] = [
+    b"\x1f\x8b\x08",
+    b"\xfd7zXZ\0",
+    b"\x28\xb5\x2f\xfd",
+    b"\x02\x21\x4c\x18",
+];
 const PAYLOAD: usize = 1024;
 
 fuzz_target!(|input: &[u8]| {
-    let Some((kind, bytes)) = input.split_first() else { return };
+    let Some((kind, bytes)) = input.split_first() else {
+        return;
+    };
     let contents = match kind % 6 {
         0 => bytes.to_vec(),
         1 => [b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0", bytes].concat(),
@@ -24,7 +31,11 @@ fuzz_target!(|input: &[u8]| {
     let _ = kernel_release(&file);
 
     let memory = ram(MEMORY).expect("4 MiB");
-    let devices = [MmioWindow { base: 0xd000_0000, size: 0x1000, irq: 5 }];
+    let devices = [MmioWindow {
+        base: 0xd000_0000,
+        size: 0x1000,
+        irq: 5,
+    }];
     let plan = BootPlan {
         kernel: &file,
         initrd: (kind & 0x80 != 0).then_some(&file),
@@ -56,7 +67,13 @@ fn bzimage(payload: &[u8]) -> Vec<u8> {
 /// A file without a name.
 fn unnamed_file() -> File {
     let path = std::env::temp_dir().join(format!("microvm-kernel-loader-{}", std::process::id()));
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).expect("a temporary file");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&path)
+        .expect("a temporary file");
     let _ = std::fs::remove_file(path);
     file
 }
