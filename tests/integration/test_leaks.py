@@ -45,10 +45,7 @@ def test_sandboxes_in_a_row_leave_nothing_in_this_process() -> None:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-        },
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=100,
