@@ -35,7 +35,7 @@ fn a_timeout_kills_the_whole_tree() {
         );
         assert!(
             start.elapsed() >= Duration::from_millis(300)
-                && start.elapsed() < Duration::from_millis(900)
+                && start.elapsed() < Duration::from_millis(1200)
         );
         wait_until("children are gone", || !lives(&child) && !lives(&orphan));
         wait_until("zombies are gone", || agent.children().is_empty());
@@ -391,7 +391,7 @@ fn power_off_without_commands_is_immediate() {
         agent.connect().send(&ToAgent::PowerOff);
         assert!(agent.wait().success());
         assert!(
-            start.elapsed() < Duration::from_millis(300),
+            start.elapsed() < Duration::from_millis(450),
             "{:?}",
             start.elapsed()
         );
