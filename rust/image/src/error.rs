@@ -141,9 +141,7 @@ impl fmt::Display for In<'_> {
 /// What a user can do about the system's reason, where that is clear.
 fn hint(source: &io::Error) -> &'static str {
     match source.kind() {
-        io::ErrorKind::PermissionDenied => {
-            "; hint: make it readable for this user, or leave it out of the folder"
-        }
+        io::ErrorKind::PermissionDenied => "; hint: make it readable for this user, or leave it out of the folder",
         io::ErrorKind::StorageFull => "; hint: make room, or set MICROVM_CACHE to a larger disk",
         io::ErrorKind::ReadOnlyFilesystem => "; hint: set MICROVM_CACHE to a writable directory",
         _ => "",

@@ -14,8 +14,8 @@
 //! - [`modules`]: kernel modules with their dependencies, in load order.
 
 pub mod cache;
-mod error;
 pub mod erofs;
+mod error;
 pub mod host;
 pub mod initramfs;
 pub mod modules;

@@ -65,11 +65,7 @@ impl Zone {
     }
 
     /// Goes on at `position`, which is not before what the zone already has; the gap stays zero.
-    pub fn advance_to<W: Write + Seek>(
-        &mut self,
-        position: u64,
-        output: &mut Output<'_, W>,
-    ) -> Result<(), ImageError> {
+    pub fn advance_to<W: Write + Seek>(&mut self, position: u64, output: &mut Output<'_, W>) -> Result<(), ImageError> {
         match usize::try_from(position.saturating_sub(self.start)) {
             Ok(length) if length <= CHUNK && !self.buffer.is_empty() => self.buffer.resize(length, 0),
             _ => {
@@ -122,6 +118,15 @@ impl Zone {
         check_unchanged(&file, expected)?;
         let mut remaining = expected.size;
         while remaining > 0 {
+            let offset = expected.size.saturating_sub(remaining);
+            let hole = hole_at(&file, offset, remaining).map_err(ImageError::io("read", path))?;
+            if hole > 0 {
+                let end = self.start.saturating_add(self.buffer.len() as u64).saturating_add(hole);
+                self.advance_to(end, output)?;
+                remaining = remaining.saturating_sub(hole);
+                step(hole)?;
+                continue;
+            }
             let space = CHUNK.saturating_sub(self.buffer.len());
             if space == 0 {
                 self.flush(output)?;
@@ -158,6 +163,24 @@ impl Zone {
         self.buffer.clear();
         Ok(())
     }
+}
+
+/// How many of the next `remaining` bytes from `offset` are not stored because they are zero; the file is then
+/// positioned behind them. Small files are not asked about, it would cost more than it saves.
+fn hole_at(file: &File, offset: u64, remaining: u64) -> std::io::Result<u64> {
+    if remaining < CHUNK as u64 {
+        return Ok(0);
+    }
+    let next_data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
+        Ok(position) => position,
+        // Nothing but a hole up to the end.
+        Err(rustix::io::Errno::NXIO) => offset.saturating_add(remaining),
+        // A file system that cannot tell.
+        Err(_) => offset,
+    };
+    let hole = next_data.saturating_sub(offset).min(remaining);
+    rustix::fs::seek(file, rustix::fs::SeekFrom::Start(offset.saturating_add(hole)))?;
+    Ok(hole)
 }
 
 fn check_unchanged(file: &File, expected: &HostFile) -> Result<(), ImageError> {

@@ -138,9 +138,7 @@ pub fn interpreter_of_script(path: &Path) -> Result<Option<PathBuf>, ImageError>
     let mut words = line.split_whitespace();
     let program = words.next().map(PathBuf::from);
     Ok(match program {
-        Some(program) if program.ends_with("env") => {
-            words.find(|word| !word.starts_with('-')).map(PathBuf::from)
-        }
+        Some(program) if program.ends_with("env") => words.find(|word| !word.starts_with('-')).map(PathBuf::from),
         program => program,
     })
 }

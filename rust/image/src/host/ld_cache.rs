@@ -75,9 +75,9 @@ fn compare(mut a: &[u8], mut b: &[u8]) -> Ordering {
 fn leading_number(text: &[u8]) -> (u64, &[u8]) {
     let end = text.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len());
     let (digits, rest) = text.split_at(end);
-    let value = digits.iter().fold(0u64, |value, digit| {
-        value.saturating_mul(10).saturating_add(u64::from(digit.saturating_sub(b'0')))
-    });
+    let value = digits
+        .iter()
+        .fold(0u64, |value, digit| value.saturating_mul(10).saturating_add(u64::from(digit.saturating_sub(b'0'))));
     (value, rest)
 }
 

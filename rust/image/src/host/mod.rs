@@ -20,20 +20,22 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 /// Programs of the default image, where the host has them. The first one is required.
+#[rustfmt::skip]
 pub const DEFAULT_TOOLS: &[&str] = &[
     "sh", "bash", "[", "arch", "awk", "b2sum", "base32", "base64", "basename", "basenc", "bunzip2", "bzip2", "cat",
-    "chgrp", "chmod", "chown", "chroot", "cksum", "clear", "cmp", "comm", "cp", "csplit", "cut", "date", "dd", "df",
-    "diff", "dir", "dircolors", "dirname", "dmesg", "du", "echo", "egrep", "env", "expand", "expr", "factor", "false",
-    "fgrep", "file", "find", "flock", "fmt", "fold", "free", "getconf", "getent", "getopt", "grep", "groups", "gunzip",
-    "gzip", "head", "hexdump", "hostid", "hostname", "id", "install", "ip", "join", "kill", "ldconfig", "ldd", "less",
-    "link", "ln", "locale", "logname", "ls", "lsblk", "mawk", "md5sum", "mkdir", "mkfifo", "mknod", "mktemp", "more",
-    "mount", "mountpoint", "mv", "nice", "nl", "nohup", "nproc", "nsenter", "numfmt", "od", "paste", "pathchk", "pgrep",
-    "pidof", "pkill", "pr", "printenv", "printf", "ps", "ptx", "pwd", "readlink", "realpath", "rev", "rm", "rmdir",
-    "runcon", "sed", "seq", "setpriv", "setsid", "sha1sum", "sha224sum", "sha256sum", "sha384sum", "sha512sum", "shred",
-    "shuf", "sleep", "sort", "split", "stat", "stdbuf", "strace", "stty", "sum", "sync", "sysctl", "tac", "tail", "tar",
-    "taskset", "tee", "test", "timeout", "top", "touch", "tput", "tr", "true", "truncate", "tsort", "tty", "umount",
-    "uname", "unexpand", "uniq", "unlink", "unshare", "unxz", "uptime", "users", "vdir", "vmstat", "watch", "wc",
-    "which", "who", "whoami", "xargs", "xxd", "xz", "xzcat", "yes", "zcat", "zstd",
+    "chgrp", "chmod", "chown", "chroot", "cksum", "clear", "cmp", "comm", "cp", "csplit", "cut", "date", "dd",
+    "df", "diff", "dir", "dircolors", "dirname", "dmesg", "du", "echo", "egrep", "env", "expand", "expr", "factor",
+    "false", "fgrep", "file", "find", "flock", "fmt", "fold", "free", "getconf", "getent", "getopt", "grep",
+    "groups", "gunzip", "gzip", "head", "hexdump", "hostid", "hostname", "id", "install", "ip", "join", "kill",
+    "ldconfig", "ldd", "less", "link", "ln", "locale", "logname", "ls", "lsblk", "mawk", "md5sum", "mkdir",
+    "mkfifo", "mknod", "mktemp", "more", "mount", "mountpoint", "mv", "nice", "nl", "nohup", "nproc", "nsenter",
+    "numfmt", "od", "paste", "pathchk", "pgrep", "pidof", "pkill", "pr", "printenv", "printf", "ps", "ptx", "pwd",
+    "readlink", "realpath", "rev", "rm", "rmdir", "runcon", "sed", "seq", "setpriv", "setsid", "sha1sum",
+    "sha224sum", "sha256sum", "sha384sum", "sha512sum", "shred", "shuf", "sleep", "sort", "split", "stat",
+    "stdbuf", "strace", "stty", "sum", "sync", "sysctl", "tac", "tail", "tar", "taskset", "tee", "test", "timeout",
+    "top", "touch", "tput", "tr", "true", "truncate", "tsort", "tty", "umount", "uname", "unexpand", "uniq",
+    "unlink", "unshare", "unxz", "uptime", "users", "vdir", "vmstat", "watch", "wc", "which", "who", "whoami",
+    "xargs", "xxd", "xz", "xzcat", "yes", "zcat", "zstd",
 ];
 
 /// Where programs are looked for besides the caller's `PATH`.
@@ -100,11 +102,7 @@ pub fn tree(options: &HostOptions) -> Result<Tree, ImageError> {
     Ok(collector.into_tree())
 }
 
-fn add_tools(
-    options: &HostOptions,
-    collector: &mut Collector,
-    libraries: &mut Libraries,
-) -> Result<(), ImageError> {
+fn add_tools(options: &HostOptions, collector: &mut Collector, libraries: &mut Libraries) -> Result<(), ImageError> {
     let mut pending: Vec<(String, bool)> = options.tools.iter().map(|name| (name.clone(), name == "sh")).collect();
     // The system's own first: version managers put wrappers first in PATH, which are of no use in a guest.
     let mut directories: Vec<PathBuf> = SYSTEM_PATH.map(PathBuf::from).to_vec();

@@ -128,7 +128,9 @@ fn list(directory: &Path) -> Result<Vec<(OsString, fs::Metadata)>, ImageError> {
 }
 
 fn excluded_directory(name: &str, top: bool) -> bool {
-    EXCLUDED_DIRECTORIES.contains(&name) || (top && EXCLUDED_PACKAGES.contains(&name)) || name.starts_with(LINK_DIRECTORY)
+    EXCLUDED_DIRECTORIES.contains(&name)
+        || (top && EXCLUDED_PACKAGES.contains(&name))
+        || name.starts_with(LINK_DIRECTORY)
 }
 
 fn excluded_file(name: &str) -> bool {

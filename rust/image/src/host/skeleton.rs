@@ -68,8 +68,19 @@ const HOST_FILES: [&str; 14] = [
 
 /// Descriptions of terminals, and where they can be.
 const TERMINALS: [&str; 13] = [
-    "ansi", "dumb", "linux", "rxvt", "rxvt-unicode-256color", "screen", "screen-256color", "tmux", "tmux-256color",
-    "vt100", "vt220", "xterm", "xterm-256color",
+    "ansi",
+    "dumb",
+    "linux",
+    "rxvt",
+    "rxvt-unicode-256color",
+    "screen",
+    "screen-256color",
+    "tmux",
+    "tmux-256color",
+    "vt100",
+    "vt220",
+    "xterm",
+    "xterm-256color",
 ];
 const TERMINAL_DIRECTORIES: [&str; 3] = ["/etc/terminfo", "/lib/terminfo", "/usr/share/terminfo"];
 
@@ -111,9 +122,8 @@ pub fn files(collector: &mut Collector, libraries: &Libraries) -> Result<(), Ima
         tree.add_file(path, mode, text.as_bytes())?;
     }
     let shell = if tree.get("/usr/bin/bash").is_some() || tree.get("/bin/bash").is_some() { "bash" } else { "sh" };
-    let passwd = format!(
-        "root:x:0:0:root:/root:/bin/{shell}\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
-    );
+    let passwd =
+        format!("root:x:0:0:root:/root:/bin/{shell}\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n");
     tree.add_file("/etc/passwd", 0o644, passwd.into_bytes())?;
     tree.add_file("/etc/ld.so.cache", 0o644, ld_cache::encode(libraries.by_name()))?;
     tree.add_symlink("/etc/mtab", "/proc/self/mounts")?;

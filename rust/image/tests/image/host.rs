@@ -132,7 +132,12 @@ fn compiled_python_files_come_with_their_sources_and_times() {
             // PEP 552: flags of zero mean that time and size of the source are in the header.
             let header = fs::read(&compiled_file.path).unwrap();
             if header[4..8] == [0; 4] {
-                assert_eq!(header[8..12], (source.metadata.modified.seconds as u32).to_le_bytes(), "{}", path.display());
+                assert_eq!(
+                    header[8..12],
+                    (source.metadata.modified.seconds as u32).to_le_bytes(),
+                    "{}",
+                    path.display()
+                );
             }
             compiled += 1;
         }

@@ -16,18 +16,18 @@ pub enum Step {
 
 /// A name of an entry: often one of a few, so that paths meet; sometimes any bytes, sometimes the longest.
 fn name() -> impl Strategy<Value = Vec<u8>> {
-    let any_byte = prop_oneof![1..=b'.', b'0'..=255];
+    let legal = |byte: u8| if matches!(byte, 0 | b'/') { b'.' } else { byte };
+    let few = prop::sample::select(vec!["a", "b", "c", "aa", "ab", "b c", "-"]);
     prop_oneof![
-        6 => "[abc]{1,2}".prop_map(String::into_bytes),
-        2 => prop::collection::vec(any_byte.clone(), 1..30),
-        1 => prop::collection::vec(any_byte, 240..=255),
+        6 => few.prop_map(|name| name.as_bytes().to_vec()),
+        2 => any::<[u8; 4]>().prop_map(move |bytes| bytes.map(legal).to_vec()),
+        1 => (any::<u8>(), 240..=255usize).prop_map(move |(byte, length)| vec![legal(byte); length]),
     ]
     .prop_filter("names of their own", |name| name != b"." && name != b"..")
 }
 
 fn path() -> impl Strategy<Value = PathBuf> {
-    prop::collection::vec(name(), 1..5)
-        .prop_map(|names| names.iter().map(|name| OsStr::from_bytes(name)).collect())
+    prop::collection::vec(name(), 1..5).prop_map(|names| names.iter().map(|name| OsStr::from_bytes(name)).collect())
 }
 
 fn kind() -> impl Strategy<Value = Kind> {
@@ -51,8 +51,12 @@ fn kind() -> impl Strategy<Value = Kind> {
 fn metadata() -> impl Strategy<Value = Metadata> {
     let modified = (-(1i64 << 40)..(1i64 << 40), 0u32..1_000_000_000)
         .prop_map(|(seconds, nanoseconds)| Timestamp { seconds, nanoseconds });
-    (0u16..=0o7777, any::<u32>(), any::<u32>(), modified)
-        .prop_map(|(mode, uid, gid, modified)| Metadata { mode, uid, gid, modified })
+    (0u16..=0o7777, any::<u32>(), any::<u32>(), modified).prop_map(|(mode, uid, gid, modified)| Metadata {
+        mode,
+        uid,
+        gid,
+        modified,
+    })
 }
 
 /// Steps that make a tree.
@@ -62,7 +66,7 @@ pub fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => (path(), node).prop_map(|(path, node)| Step::Insert(path, node)),
         1 => (path(), any::<prop::sample::Index>()).prop_map(|(path, of)| Step::Link(path, of)),
     ];
-    prop::collection::vec(step, 0..60)
+    prop::collection::vec(step, 0..40)
 }
 
 /// Follows the steps; those that would go through a file are passed over.
