@@ -46,7 +46,8 @@ const SYSTEM_PATH: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin"
 pub struct HostOptions {
     /// The Python to take, if any.
     pub python: Option<Python>,
-    /// Programs to take, by name, or by absolute path. Those the host does not have are left out, but for "sh".
+    /// Programs to take, by name, or by absolute path. Those the host does not have, or that
+    /// this user may not read, are left out, but for "sh".
     pub tools: Vec<String>,
     /// Directories to look for programs in, after the system's own.
     pub search_path: Vec<PathBuf>,
@@ -135,8 +136,10 @@ fn add_tools(options: &HostOptions, collector: &mut Collector, libraries: &mut L
     Ok(())
 }
 
+/// Whether there is a program that this user may run, and read, which packing needs.
 fn is_program(path: &Path) -> bool {
-    path.metadata().is_ok_and(|status| status.is_file() && crate::scan::permissions(&status) & 0o111 != 0)
+    let access = rustix::fs::Access::EXEC_OK | rustix::fs::Access::READ_OK;
+    path.is_file() && rustix::fs::access(path, access).is_ok()
 }
 
 /// A node of root's with the fixed time, for what is made up or only leads somewhere.
