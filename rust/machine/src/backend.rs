@@ -64,11 +64,11 @@ pub enum KvmError {
 }
 
 /// Kernel words for every guest: the serial console carries only what is about to kill the machine, because each
-/// character costs an exit; a panic resets through the keyboard controller at once; nothing that is not there is
-/// looked for.
+/// character costs an exit, and that from the first instructions on; a panic resets through the keyboard controller at
+/// once; nothing that is not there is looked for.
 macro_rules! common_words {
     () => {
-        "console=ttyS0 quiet loglevel=1 panic=-1 reboot=k tsc=reliable no_timer_check \
+        "console=ttyS0 quiet loglevel=1 earlyprintk=serial panic=-1 reboot=k tsc=reliable no_timer_check \
          8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd random.trust_cpu=on cryptomgr.notests"
     };
 }
@@ -140,11 +140,11 @@ impl Backend {
     pub fn base_command_line(&self) -> &'static str {
         match self.kind {
             Kind::Hardware => concat!(common_words!(), " pci=off"),
-            // CPUID at CPL3 is the host's own, so what kernel code at CPL3 cannot use is switched off by name.
-            // Unknown to the ring3 kernel as well: how fast the counter runs (the VMM adds tsc_early_khz).
+            // CPUID at CPL3 is the host's own, so what kernel code at CPL3 cannot use is switched off by name; so are
+            // pages of 1 GiB, which software KVM takes for malformed entries.
             Kind::Software => concat!(
                 common_words!(),
-                " clearcpuid=smep,smap,umip,invpcid,xsaves,xsavec,rdtscp,rdpid nopcid"
+                " clearcpuid=smep,smap,umip,invpcid,xsaves,xsavec,rdtscp,rdpid nopcid nogbpages"
             ),
         }
     }

@@ -12,7 +12,7 @@ use crate::legacy::rtc::{self, Rtc};
 use crate::legacy::serial::{self, Serial};
 use crate::memory::{self, MemoryError};
 use crate::profile::Profile;
-use crate::run_loop::{self, OnEnd, Shared};
+use crate::run_loop::{self, OnEnd, Shared, Sleepers};
 use crate::vcpu::Vcpu;
 use crate::vm::{Vm, VmError};
 use crate::x86::{msr, tables};
@@ -25,7 +25,7 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -203,7 +203,7 @@ impl Machine {
             stopping: AtomicBool::new(false),
             on_end: Mutex::new(None),
             kickers: vcpus.iter().map(Vcpu::kicker).collect(),
-            asleep: vcpus.iter().map(|_| AtomicU8::new(0)).collect(),
+            sleepers: Sleepers::new(spec.vcpus),
             profile: Profile::default(),
             profile_interval: spec.profile_us.map(|us| Duration::from_micros(us.into())),
         };

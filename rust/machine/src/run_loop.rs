@@ -13,8 +13,6 @@ use std::time::Duration;
 
 /// How often a vCPU is looked at, to find one that sleeps for good.
 const WATCH: Duration = Duration::from_secs(1);
-/// So many looks in a row must find all vCPUs asleep before the machine is ended.
-const ASLEEP: u8 = 2;
 
 /// Called once, on a vCPU thread, when the machine ends by itself.
 pub(crate) type OnEnd = Box<dyn FnOnce(MachineEnd) + Send>;
@@ -27,8 +25,7 @@ pub(crate) struct Shared {
     pub(crate) stopping: AtomicBool,
     pub(crate) on_end: Mutex<Option<OnEnd>>,
     pub(crate) kickers: Vec<Kicker>,
-    /// Per vCPU, how many looks in a row found it asleep for good.
-    pub(crate) asleep: Vec<AtomicU8>,
+    pub(crate) sleepers: Sleepers,
     pub(crate) profile: Profile,
     pub(crate) profile_interval: Option<Duration>,
 }
@@ -150,23 +147,62 @@ fn look(vcpu: &Vcpu, shared: &Shared, sampled: bool) -> Option<MachineEnd> {
             shared.profile.add(regs.rip);
         }
     }
-    let looks = shared.asleep.get(usize::from(vcpu.index()))?;
-    if !vcpu.sleeps_for_good() {
-        looks.store(0, Ordering::Relaxed);
-        return None;
-    }
-    looks.store(
-        looks.load(Ordering::Relaxed).saturating_add(1),
-        Ordering::Relaxed,
-    );
-    let all = shared
-        .asleep
-        .iter()
-        .all(|looks| looks.load(Ordering::Relaxed) >= ASLEEP);
+    let all = shared.sleepers.look(vcpu.index(), vcpu.sleeps_for_good());
     all.then(|| {
         MachineEnd::fault(
             "the guest halted with interrupts off, and nothing can wake it",
             vcpu,
         )
     })
+}
+
+/// Which vCPUs sleep in a way that only another vCPU can end. If all do, the machine is at its end.
+#[derive(Debug)]
+pub(crate) struct Sleepers(Vec<AtomicU8>);
+
+impl Sleepers {
+    /// So many looks in a row must find all asleep: one that was just woken by another counts until its next look.
+    const LOOKS: u8 = 2;
+
+    pub(crate) fn new(vcpus: u8) -> Self {
+        Self((0..vcpus).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    /// Notes one look at `vcpu`. Returns whether all sleep.
+    fn look(&self, vcpu: u8, asleep: bool) -> bool {
+        if let Some(looks) = self.0.get(usize::from(vcpu)) {
+            let before = looks.load(Ordering::Relaxed);
+            looks.store(
+                if asleep { before.saturating_add(1) } else { 0 },
+                Ordering::Relaxed,
+            );
+        }
+        self.0
+            .iter()
+            .all(|looks| looks.load(Ordering::Relaxed) >= Self::LOOKS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn look_is_true_only_if_each_vcpus_last_looks_found_it_asleep(
+            looks in proptest::collection::vec((0u8..3, any::<bool>()), 0..40),
+        ) {
+            let sleepers = Sleepers::new(3);
+            for (index, (vcpu, asleep)) in looks.iter().enumerate() {
+                let all = sleepers.look(*vcpu, *asleep);
+                let past = &looks[..=index];
+                let expected = (0..3).all(|vcpu| {
+                    let mut last = past.iter().rev().filter(|(of, _)| *of == vcpu).map(|(_, asleep)| *asleep);
+                    last.next() == Some(true) && last.next() == Some(true)
+                });
+                prop_assert_eq!(all, expected);
+            }
+        }
+    }
 }

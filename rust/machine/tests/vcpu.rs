@@ -189,10 +189,12 @@ fn kick_before_run_is_not_lost_and_counts_once() {
     let mut vcpu = real_mode(&backend, &FOREVER);
     vcpu.kicker().kick();
     vcpu.kicker().kick_and_wait().unwrap();
+    let start = Instant::now();
     assert_eq!(
         vcpu.run(Some(Duration::from_secs(5))).unwrap(),
         Exit::Interrupted
     );
+    assert!(start.elapsed() < Duration::from_secs(2));
     assert_eq!(
         vcpu.run(Some(Duration::from_millis(5))).unwrap(),
         Exit::Timeout
