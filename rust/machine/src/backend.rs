@@ -64,11 +64,11 @@ pub enum KvmError {
 }
 
 /// Kernel words for every guest: the serial console carries only what is about to kill the machine, because each
-/// character costs an exit, and that from the first instructions on; a panic resets through the keyboard controller at
-/// once; nothing that is not there is looked for.
+/// character costs an exit; a panic resets through the keyboard controller at once; nothing that is not there is
+/// looked for.
 macro_rules! common_words {
     () => {
-        "console=ttyS0 quiet loglevel=1 earlyprintk=serial panic=-1 reboot=k tsc=reliable no_timer_check \
+        "console=ttyS0 quiet loglevel=1 panic=-1 reboot=k tsc=reliable no_timer_check \
          8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd random.trust_cpu=on cryptomgr.notests"
     };
 }
@@ -107,15 +107,9 @@ impl Backend {
         let kind = classify(Path::new("/sys/module/kvm_pvm").exists(), first_flags);
         let max_vcpus = match kind {
             Kind::Software => 1,
-            Kind::Hardware => u8::try_from(kvm.get_max_vcpus())
-                .unwrap_or(u8::MAX)
-                .min(MAX_VCPUS),
+            Kind::Hardware => u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_VCPUS),
         };
-        Ok(Self {
-            kvm,
-            kind,
-            max_vcpus,
-        })
+        Ok(Self { kvm, kind, max_vcpus })
     }
 
     /// Hardware or software.
@@ -141,10 +135,12 @@ impl Backend {
         match self.kind {
             Kind::Hardware => concat!(common_words!(), " pci=off"),
             // CPUID at CPL3 is the host's own, so what kernel code at CPL3 cannot use is switched off by name; so are
-            // pages of 1 GiB, which software KVM takes for malformed entries.
+            // pages of 1 GiB, which software KVM takes for malformed entries. earlyprintk lets a panic be heard
+            // before the console is up; a kernel that randomizes its addresses would always say so there.
             Kind::Software => concat!(
                 common_words!(),
-                " clearcpuid=smep,smap,umip,invpcid,xsaves,xsavec,rdtscp,rdpid nopcid nogbpages"
+                " clearcpuid=smep,smap,umip,invpcid,xsaves,xsavec,rdtscp,rdpid nopcid nogbpages \
+                 earlyprintk=serial"
             ),
         }
     }
@@ -166,10 +162,8 @@ impl Backend {
 
     /// Features of every vCPU: what KVM supports, without what must not be used here.
     pub(crate) fn cpuid(&self) -> Result<CpuId, CallError> {
-        let mut supported = self
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(CallError::of("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut supported =
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CallError::of("KVM_GET_SUPPORTED_CPUID"))?;
         let deadline_timer = self.kvm.check_extension(Cap::TscDeadlineTimer);
         cpuid::restrict(&mut supported, self.kind, deadline_timer);
         Ok(supported)
@@ -186,22 +180,12 @@ fn first_flags() -> String {
         return String::new();
     };
     let mut lines = BufReader::new(cpuinfo).lines().map_while(Result::ok);
-    lines
-        .find(|line| line.starts_with("flags"))
-        .unwrap_or_default()
+    lines.find(|line| line.starts_with("flags")).unwrap_or_default()
 }
 
 fn classify(pvm_loaded: bool, flags: impl FnOnce() -> String) -> Kind {
-    let virtualizes = |flags: String| {
-        flags
-            .split_ascii_whitespace()
-            .any(|flag| flag == "vmx" || flag == "svm")
-    };
-    if !pvm_loaded && virtualizes(flags()) {
-        Kind::Hardware
-    } else {
-        Kind::Software
-    }
+    let virtualizes = |flags: String| flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    if !pvm_loaded && virtualizes(flags()) { Kind::Hardware } else { Kind::Software }
 }
 
 fn refusal(errno: vmm_sys_util::errno::Error) -> KvmError {
@@ -209,10 +193,7 @@ fn refusal(errno: vmm_sys_util::errno::Error) -> KvmError {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing(errno),
         libc::EACCES | libc::EPERM => KvmError::Permission,
         libc::EBUSY => KvmError::Busy,
-        _ => KvmError::Unusable(CallError {
-            call: "open",
-            errno,
-        }),
+        _ => KvmError::Unusable(CallError { call: "open", errno }),
     }
 }
 
@@ -234,16 +215,9 @@ mod tests {
 
     #[test]
     fn refusal_names_the_fix() {
-        for (errno, hint) in [
-            (libc::ENOENT, "modprobe"),
-            (libc::EACCES, "usermod"),
-            (libc::EBUSY, "VirtualBox"),
-        ] {
+        for (errno, hint) in [(libc::ENOENT, "modprobe"), (libc::EACCES, "usermod"), (libc::EBUSY, "VirtualBox")] {
             assert!(refusal(Errno::new(errno)).to_string().contains(hint));
         }
-        assert!(matches!(
-            refusal(Errno::new(libc::EMFILE)),
-            KvmError::Unusable(_)
-        ));
+        assert!(matches!(refusal(Errno::new(libc::EMFILE)), KvmError::Unusable(_)));
     }
 }
