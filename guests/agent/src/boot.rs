@@ -27,11 +27,7 @@ pub struct BootError {
 impl BootError {
     /// A failed step, named as in "mount /dev/vda as erofs".
     pub fn new(step: impl Into<String>, source: Errno) -> Self {
-        BootError {
-            step: step.into(),
-            source,
-            hint: "",
-        }
+        BootError { step: step.into(), source, hint: "" }
     }
 
     /// Adds what to do about it.
@@ -82,22 +78,16 @@ fn serve() -> Result<(), BootError> {
     if let Some(left) = left {
         left.delete();
     }
-    rustix::system::sethostname(HOST_NAME)
-        .map_err(|error| BootError::new("set the host name", error))?;
-    let limits =
-        Limits::of_a_machine().map_err(|error| BootError::new("set resource limits", error))?;
+    rustix::system::sethostname(HOST_NAME).map_err(|error| BootError::new("set the host name", error))?;
+    let limits = Limits::of_a_machine().map_err(|error| BootError::new("set resource limits", error))?;
     let groups = Groups::in_directory(mounts::CGROUPS.into()).unwrap_or_else(|error| {
         let error = std::io::Error::from(error);
-        console::report(&format!(
-            "no control groups, so daemons may outlive their command: {error}"
-        ));
+        console::report(&format!("no control groups, so daemons may outlive their command: {error}"));
         Groups::unavailable()
     });
     let mut server = Server::new(listener, Role::Machine, groups, limits)
         .map_err(|error| BootError::new("prepare the event loop", error))?;
-    server
-        .run()
-        .map_err(|error| BootError::new("event loop", error))?;
+    server.run().map_err(|error| BootError::new("event loop", error))?;
 
     // Everything has ended; what it wrote must be on the disks before the host is told.
     rustix::fs::sync();
@@ -118,9 +108,8 @@ pub fn run_on_host(arguments: impl Iterator<Item = OsString>) -> i32 {
 
 fn serve_on_host(mut arguments: impl Iterator<Item = OsString>) -> Result<(), BootError> {
     let usage = || {
-        BootError::new("arguments", Errno::INVAL).with_hint(
-            "; this is PID 1 of a microvm. For tests: --serve-unix PATH [--cgroup DIRECTORY]",
-        )
+        BootError::new("arguments", Errno::INVAL)
+            .with_hint("; this is PID 1 of a microvm. For tests: --serve-unix PATH [--cgroup DIRECTORY]")
     };
     let (mut socket, mut cgroup) = (None, None);
     while let Some(word) = arguments.next() {
@@ -143,17 +132,13 @@ fn serve_on_host(mut arguments: impl Iterator<Item = OsString>) -> Result<(), Bo
     };
     let limits = Limits::of_this_process().map_err(prepare)?;
     let mut server = Server::new(listener, Role::Process, groups, limits).map_err(prepare)?;
-    server
-        .run()
-        .map_err(|error| BootError::new("event loop", error))
+    server.run().map_err(|error| BootError::new("event loop", error))
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {
     let time = rustix::time::clock_gettime(clock);
     let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
-    seconds
-        .saturating_mul(1_000_000_000)
-        .saturating_add(u64::try_from(time.tv_nsec).unwrap_or_default())
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or_default())
 }
 
 fn errno_of(error: &std::io::Error) -> Errno {

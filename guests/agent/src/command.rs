@@ -64,12 +64,7 @@ impl Command {
         let mut spawned = context.spawner.spawn(request, group.as_ref());
         // The group can be unusable because a process in the machine removed or changed it.
         if group.is_some()
-            && matches!(
-                spawned,
-                Err(SpawnError::Resources(
-                    Errno::NODEV | Errno::BUSY | Errno::OPNOTSUPP
-                ))
-            )
+            && matches!(spawned, Err(SpawnError::Resources(Errno::NODEV | Errno::BUSY | Errno::OPNOTSUPP)))
         {
             group = None;
             spawned = context.spawner.spawn(request, None);
@@ -123,23 +118,12 @@ impl Command {
     /// # Errors
     /// The kernel's.
     pub fn watch(&mut self, full: bool, context: &Context) -> Result<(), Errno> {
-        let output = if full {
-            EventFlags::empty()
-        } else {
-            EventFlags::IN
-        };
+        let output = if full { EventFlags::empty() } else { EventFlags::IN };
         for pipe in [&mut self.stdout, &mut self.stderr].into_iter().flatten() {
             pipe.watch(&context.epoll, output)?;
         }
-        let input = if self.stdin.waiting() > 0 {
-            EventFlags::OUT
-        } else {
-            EventFlags::empty()
-        };
-        self.stdin
-            .pipe
-            .as_mut()
-            .map_or(Ok(()), |pipe| pipe.watch(&context.epoll, input))
+        let input = if self.stdin.waiting() > 0 { EventFlags::OUT } else { EventFlags::empty() };
+        self.stdin.pipe.as_mut().map_or(Ok(()), |pipe| pipe.watch(&context.epoll, input))
     }
 
     /// Whether more standard input may come from the host.
@@ -171,13 +155,7 @@ impl Command {
     }
 
     /// One of the pipes is ready.
-    pub fn pipe_ready(
-        &mut self,
-        source: Source,
-        flags: EventFlags,
-        output: &mut Output,
-        scratch: &mut Vec<u8>,
-    ) {
+    pub fn pipe_ready(&mut self, source: Source, flags: EventFlags, output: &mut Output, scratch: &mut Vec<u8>) {
         let (pipe, wrap): (_, fn(Vec<u8>) -> FromAgent) = match source {
             Source::Stdout => (&mut self.stdout, FromAgent::Stdout),
             Source::Stderr => (&mut self.stderr, FromAgent::Stderr),
@@ -230,14 +208,8 @@ impl Command {
 
     /// How it ended, once it has, with all of its output.
     pub fn end(&self) -> Option<ExitStatus> {
-        let status = self
-            .status
-            .filter(|_| self.stdout.is_none() && self.stderr.is_none())?;
-        Some(if self.timed_out {
-            ExitStatus::TimedOut
-        } else {
-            status
-        })
+        let status = self.status.filter(|_| self.stdout.is_none() && self.stderr.is_none())?;
+        Some(if self.timed_out { ExitStatus::TimedOut } else { status })
     }
 
     /// Lets go of a command that has ended.
@@ -256,11 +228,7 @@ impl Command {
 
     /// Kills the command and everything it started.
     pub fn kill_all(&self) {
-        if self
-            .group
-            .as_ref()
-            .is_none_or(|group| group.kill().is_err())
-        {
+        if self.group.as_ref().is_none_or(|group| group.kill().is_err()) {
             tree::kill(self.pid);
         }
     }

@@ -87,13 +87,7 @@ impl Connection {
     pub fn new(id: u64, socket: OwnedFd) -> Connection {
         Connection {
             id,
-            socket: Watched::new(
-                socket,
-                Token {
-                    connection: id,
-                    source: Source::Socket,
-                },
-            ),
+            socket: Watched::new(socket, Token { connection: id, source: Source::Socket }),
             input: FrameBuffer::default(),
             output: Output::default(),
             phase: Phase::Request,
@@ -249,10 +243,7 @@ impl Connection {
         let (message, phase) = match started {
             Ok(command) => {
                 let pid = u32::try_from(command.pid()).unwrap_or_default();
-                (
-                    FromAgent::Started { pid },
-                    Phase::Running(Box::new(command)),
-                )
+                (FromAgent::Started { pid }, Phase::Running(Box::new(command)))
             }
             Err(failure) => (FromAgent::Failed(failure), Phase::Closing),
         };

@@ -18,16 +18,12 @@ pub fn report(message: &str) {
 /// Reports the trouble that ends the machine, and waits (briefly) until it has left the machine.
 pub fn report_fatal(message: &str) {
     let line = format!("microvm-agent: fatal: {message}\n");
-    let written = rustix::fs::open(
-        "/dev/console",
-        OFlags::WRONLY | OFlags::NOCTTY,
-        Mode::empty(),
-    )
-    .and_then(|console| {
-        rustix::io::write(&console, line.as_bytes())?;
-        drain(&console);
-        Ok(())
-    });
+    let written =
+        rustix::fs::open("/dev/console", OFlags::WRONLY | OFlags::NOCTTY, Mode::empty()).and_then(|console| {
+            rustix::io::write(&console, line.as_bytes())?;
+            drain(&console);
+            Ok(())
+        });
     // The kernel prints an alert on the console itself; told twice it would only be harder to read.
     to_kernel_log(if written.is_ok() { "<6>" } else { "<1>" }, &line);
 }

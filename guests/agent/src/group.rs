@@ -12,9 +12,7 @@ use std::path::PathBuf;
 /// Start of the names of the groups' directories.
 const PREFIX: &str = "command-";
 
-const DIRECTORY: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::CLOEXEC);
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// The groups of all commands.
 #[derive(Debug)]
@@ -41,12 +39,7 @@ impl Groups {
     }
 
     fn below(parent: Option<OwnedFd>) -> Groups {
-        Groups {
-            parent,
-            spare: None,
-            left: Vec::new(),
-            next: 0,
-        }
+        Groups { parent, spare: None, left: Vec::new(), next: 0 }
     }
 
     /// Groups below `directory`, of a cgroup2 file system whose groups can be killed as a whole (Linux 5.14).
@@ -57,13 +50,8 @@ impl Groups {
         let parent = rustix::fs::open(&directory, DIRECTORY, Mode::empty())?;
         let mut groups = Groups::below(Some(parent));
         let first = groups.make()?;
-        rustix::fs::accessat(
-            &first.directory,
-            "cgroup.kill",
-            rustix::fs::Access::WRITE_OK,
-            AtFlags::empty(),
-        )
-        .inspect_err(|_| groups.remove(&first))?;
+        rustix::fs::accessat(&first.directory, "cgroup.kill", rustix::fs::Access::WRITE_OK, AtFlags::empty())
+            .inspect_err(|_| groups.remove(&first))?;
         groups.spare = Some(first);
         Ok(groups)
     }
@@ -89,10 +77,7 @@ impl Groups {
     /// Removes the groups that have become empty. To be called when a process ended that was no command.
     pub fn sweep(&mut self) {
         let left = std::mem::take(&mut self.left);
-        self.left = left
-            .into_iter()
-            .filter(|group| !self.is_removed(group))
-            .collect();
+        self.left = left.into_iter().filter(|group| !self.is_removed(group)).collect();
     }
 
     /// Ends all processes that outlived their commands.
@@ -146,12 +131,7 @@ impl Group {
     /// # Errors
     /// The group was removed, or the kernel is older than Linux 5.14.
     pub fn kill(&self) -> Result<(), Errno> {
-        let file = rustix::fs::openat(
-            &self.directory,
-            "cgroup.kill",
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let file = rustix::fs::openat(&self.directory, "cgroup.kill", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
         rustix::io::write(&file, b"1").map(drop)
     }
 }

@@ -27,20 +27,12 @@ const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
 /// # Errors
 /// No vsock in this kernel, or the port is taken.
 pub fn listen() -> Result<OwnedFd, BootError> {
-    let failed = |error| {
-        BootError::new(format!("listen on vsock port {EXEC_PORT}"), error)
-            .with_hint(vsock_hint(error))
-    };
+    let failed =
+        |error| BootError::new(format!("listen on vsock port {EXEC_PORT}"), error).with_hint(vsock_hint(error));
     let socket = vsock_socket().map_err(failed)?;
     let address = vsock_address(libc::VMADDR_CID_ANY, EXEC_PORT);
     // SAFETY: the pointer and the length describe `address`, which the kernel only reads.
-    let result = unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            VSOCK_LENGTH,
-        )
-    };
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), VSOCK_LENGTH) };
     if result != 0 {
         return Err(failed(last_error()));
     }
@@ -110,18 +102,8 @@ impl Connecting {
         let socket = vsock_socket().map_err(not_reached)?;
         let address = vsock_address(libc::VMADDR_CID_HOST, READY_PORT);
         // SAFETY: the pointer and the length describe `address`, which the kernel only reads.
-        let result = unsafe {
-            libc::connect(
-                socket.as_raw_fd(),
-                (&raw const address).cast(),
-                VSOCK_LENGTH,
-            )
-        };
-        match if result == 0 {
-            Errno::INPROGRESS
-        } else {
-            last_error()
-        } {
+        let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), VSOCK_LENGTH) };
+        match if result == 0 { Errno::INPROGRESS } else { last_error() } {
             Errno::INPROGRESS | Errno::INTR => Ok(Connecting(socket)),
             error => Err(not_reached(error)),
         }
@@ -136,13 +118,8 @@ impl Connecting {
         if !wait_for(&socket, PollFlags::OUT, ANSWER) {
             return Err(not_reached(Errno::TIMEDOUT));
         }
-        rustix::net::sockopt::socket_error(&socket)
-            .and_then(|result| result)
-            .map_err(not_reached)?;
-        let kernel = rustix::system::uname()
-            .release()
-            .to_string_lossy()
-            .into_owned();
+        rustix::net::sockopt::socket_error(&socket).and_then(|result| result).map_err(not_reached)?;
+        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         send(&socket, &FromAgent::Hello { kernel, started_ns }).map_err(not_reached)?;
         Ok(Ready(socket))
     }
@@ -159,11 +136,7 @@ impl Ready {
 }
 
 fn not_reached(error: Errno) -> BootError {
-    BootError::new(
-        format!("connect to the host (vsock port {READY_PORT})"),
-        error,
-    )
-    .with_hint(vsock_hint(error))
+    BootError::new(format!("connect to the host (vsock port {READY_PORT})"), error).with_hint(vsock_hint(error))
 }
 
 fn vsock_hint(error: Errno) -> &'static str {
@@ -177,13 +150,8 @@ fn vsock_hint(error: Errno) -> &'static str {
 /// Sends one small message on a stream whose buffer is empty.
 fn send(socket: &OwnedFd, message: &FromAgent) -> Result<(), Errno> {
     let bytes = frame::encode_prefixed(message).map_err(|_| Errno::MSGSIZE)?;
-    let sent =
-        rustix::io::retry_on_intr(|| rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL))?;
-    if sent == bytes.len() {
-        Ok(())
-    } else {
-        Err(Errno::AGAIN)
-    }
+    let sent = rustix::io::retry_on_intr(|| rustix::net::send(socket, &bytes, SendFlags::NOSIGNAL))?;
+    if sent == bytes.len() { Ok(()) } else { Err(Errno::AGAIN) }
 }
 
 /// Whether one of the events (or an error) came in time.

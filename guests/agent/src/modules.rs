@@ -23,25 +23,15 @@ pub fn load_all() {
         match load(name, parameters.trim()) {
             // Built in or loaded already.
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => {
-                console::report(&format!("module {name}: {}", std::io::Error::from(error)))
-            }
+            Err(error) => console::report(&format!("module {name}: {}", std::io::Error::from(error))),
         }
     }
 }
 
 fn load(name: &str, parameters: &str) -> Result<(), Errno> {
-    let path = if name.starts_with('/') {
-        name.to_owned()
-    } else {
-        format!("{DIRECTORY}/{name}")
-    };
+    let path = if name.starts_with('/') { name.to_owned() } else { format!("{DIRECTORY}/{name}") };
     let file = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let parameters = CString::new(parameters).map_err(|_| Errno::INVAL)?;
-    let flags = if name.ends_with(".ko") {
-        0
-    } else {
-        COMPRESSED_FILE
-    };
+    let flags = if name.ends_with(".ko") { 0 } else { COMPRESSED_FILE };
     rustix::system::finit_module(&file, &parameters, flags)
 }

@@ -19,59 +19,21 @@ struct FileSystem {
     needed: bool,
 }
 
-const HIDDEN: MountFlags = MountFlags::NOSUID
-    .union(MountFlags::NODEV)
-    .union(MountFlags::NOEXEC);
+const HIDDEN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 /// Needed to find the root file system.
 const EARLY: [FileSystem; 2] = [
-    FileSystem {
-        kind: "proc",
-        target: "/proc",
-        flags: HIDDEN,
-        data: c"",
-        needed: true,
-    },
-    FileSystem {
-        kind: "devtmpfs",
-        target: "/dev",
-        flags: MountFlags::NOSUID,
-        data: c"mode=0755",
-        needed: true,
-    },
+    FileSystem { kind: "proc", target: "/proc", flags: HIDDEN, data: c"", needed: true },
+    FileSystem { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, data: c"mode=0755", needed: true },
 ];
 
 /// Needed by commands only: mounted while the host already reacts to Hello.
 const LATE: [FileSystem; 7] = [
-    FileSystem {
-        kind: "tmpfs",
-        target: "/tmp",
-        flags: PLAIN,
-        data: c"mode=1777",
-        needed: true,
-    },
-    FileSystem {
-        kind: "tmpfs",
-        target: "/run",
-        flags: PLAIN,
-        data: c"mode=0755",
-        needed: true,
-    },
-    FileSystem {
-        kind: "sysfs",
-        target: "/sys",
-        flags: HIDDEN,
-        data: c"",
-        needed: false,
-    },
-    FileSystem {
-        kind: "cgroup2",
-        target: CGROUPS,
-        flags: HIDDEN,
-        data: c"nsdelegate",
-        needed: false,
-    },
+    FileSystem { kind: "tmpfs", target: "/tmp", flags: PLAIN, data: c"mode=1777", needed: true },
+    FileSystem { kind: "tmpfs", target: "/run", flags: PLAIN, data: c"mode=0755", needed: true },
+    FileSystem { kind: "sysfs", target: "/sys", flags: HIDDEN, data: c"", needed: false },
+    FileSystem { kind: "cgroup2", target: CGROUPS, flags: HIDDEN, data: c"nsdelegate", needed: false },
     FileSystem {
         kind: "devpts",
         target: "/dev/pts",
@@ -79,20 +41,8 @@ const LATE: [FileSystem; 7] = [
         data: c"gid=5,mode=620,ptmxmode=666",
         needed: false,
     },
-    FileSystem {
-        kind: "tmpfs",
-        target: "/dev/shm",
-        flags: PLAIN,
-        data: c"mode=1777",
-        needed: false,
-    },
-    FileSystem {
-        kind: "mqueue",
-        target: "/dev/mqueue",
-        flags: HIDDEN,
-        data: c"",
-        needed: false,
-    },
+    FileSystem { kind: "tmpfs", target: "/dev/shm", flags: PLAIN, data: c"mode=1777", needed: false },
+    FileSystem { kind: "mqueue", target: "/dev/mqueue", flags: HIDDEN, data: c"", needed: false },
 ];
 
 const LINKS: [(&str, &str); 4] = [
@@ -148,13 +98,7 @@ fn mount(what: &FileSystem) -> Result<(), BootError> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn mount_at(
-    source: &str,
-    target: &str,
-    kind: &str,
-    flags: MountFlags,
-    data: &CStr,
-) -> Result<(), Errno> {
+pub fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags, data: &CStr) -> Result<(), Errno> {
     let attempt = || rustix::mount::mount(source, target, kind, flags, data);
     let result = match attempt() {
         Err(Errno::NOENT) => {
@@ -184,12 +128,7 @@ pub fn make_directory(path: &str) -> Result<(), Errno> {
 fn loopback_up() -> Result<(), Errno> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
     use std::os::fd::AsRawFd;
-    let socket = match rustix::net::socket_with(
-        AddressFamily::INET,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        None,
-    ) {
+    let socket = match rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None) {
         Ok(socket) => socket,
         Err(Errno::AFNOSUPPORT) => return Ok(()),
         Err(error) => return Err(error),
@@ -203,11 +142,7 @@ fn loopback_up() -> Result<(), Errno> {
     request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(|_| Errno::INVAL)?;
     // SAFETY: SIOCSIFFLAGS reads one ifreq through the pointer.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(last_error())
-    }
+    if result == 0 { Ok(()) } else { Err(last_error()) }
 }
 
 /// The calling thread's `errno`.

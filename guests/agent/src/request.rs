@@ -40,19 +40,13 @@ impl Prepared {
     /// # Errors
     /// [`ExecFailureKind::Invalid`], naming the part that is not valid.
     pub fn new(request: ExecRequest) -> Result<Prepared, ExecFailure> {
-        let program = request
-            .argv
-            .first()
-            .ok_or_else(|| invalid("argv is empty: it must name a program"))?;
+        let program = request.argv.first().ok_or_else(|| invalid("argv is empty: it must name a program"))?;
         let candidates = candidates(program, &request.env)?;
         let argv = request.argv.into_iter().enumerate();
         let argv = argv.map(|(index, word)| c_string(word.into_vec(), || format!("argv[{index}]")));
         let env = request.env.into_iter().map(|(name, value)| {
             if name.contains(&b'=') {
-                return Err(invalid(&format!(
-                    "env: the name {} contains '='",
-                    quoted(&name)
-                )));
+                return Err(invalid(&format!("env: the name {} contains '='", quoted(&name))));
             }
             let what = format!("env {}", quoted(&name));
             let mut entry = name.into_vec();
@@ -75,44 +69,25 @@ impl Prepared {
     /// Puts a failed start in words.
     pub fn explain(&self, error: SpawnError) -> ExecFailure {
         match error {
-            SpawnError::Resources(errno) => failure(
-                ExecFailureKind::Resources,
-                errno,
-                format!("cannot start a process: {}", words(errno)),
-            ),
+            SpawnError::Resources(errno) => {
+                failure(ExecFailureKind::Resources, errno, format!("cannot start a process: {}", words(errno)))
+            }
             SpawnError::WorkingDirectory(errno) => {
                 let path = self.directory.as_deref().unwrap_or_default();
-                let message = format!(
-                    "working directory {}: {}",
-                    quoted(path.to_bytes()),
-                    words(errno)
-                );
+                let message = format!("working directory {}: {}", quoted(path.to_bytes()), words(errno));
                 failure(ExecFailureKind::WorkingDirectory, errno, message)
             }
-            SpawnError::Execute {
-                errno: errno @ (Errno::NOENT | Errno::NOTDIR),
-                ..
-            } => self.explain_missing(errno),
+            SpawnError::Execute { errno: errno @ (Errno::NOENT | Errno::NOTDIR), .. } => self.explain_missing(errno),
             SpawnError::Execute { errno, candidate } => {
                 let kind = match errno {
                     Errno::TOOBIG => ExecFailureKind::Invalid,
-                    Errno::NOMEM | Errno::AGAIN | Errno::NFILE | Errno::MFILE => {
-                        ExecFailureKind::Resources
-                    }
+                    Errno::NOMEM | Errno::AGAIN | Errno::NFILE | Errno::MFILE => ExecFailureKind::Resources,
                     _ => ExecFailureKind::NotExecutable,
                 };
-                let program = quoted(
-                    self.candidates
-                        .get(candidate)
-                        .map_or(b"", |path| path.to_bytes()),
-                );
+                let program = quoted(self.candidates.get(candidate).map_or(b"", |path| path.to_bytes()));
                 let hint = match errno {
-                    Errno::TOOBIG => {
-                        "; hint: arguments and environment are too long, pass data on standard input"
-                    }
-                    Errno::NOEXEC => {
-                        "; hint: neither a program for this machine nor a script that begins with #!"
-                    }
+                    Errno::TOOBIG => "; hint: arguments and environment are too long, pass data on standard input",
+                    Errno::NOEXEC => "; hint: neither a program for this machine nor a script that begins with #!",
                     Errno::ACCESS => "; hint: is it a file, with its executable bit set?",
                     _ => "",
                 };
@@ -123,18 +98,10 @@ impl Prepared {
 
     fn explain_missing(&self, errno: Errno) -> ExecFailure {
         let program = self.argv.first().map_or(&b""[..], |name| name.to_bytes());
-        let message = match self
-            .candidates
-            .iter()
-            .find_map(|path| self.missing_interpreter(path))
-        {
+        let message = match self.candidates.iter().find_map(|path| self.missing_interpreter(path)) {
             Some(message) => message,
             None if program.contains(&b'/') => format!("{}: {}", quoted(program), words(errno)),
-            None => format!(
-                "{}: no such program in PATH ({})",
-                quoted(program),
-                quoted(&self.searched())
-            ),
+            None => format!("{}: no such program in PATH ({})", quoted(program), quoted(&self.searched())),
         };
         failure(ExecFailureKind::NotFound, errno, message)
     }
@@ -150,8 +117,7 @@ impl Prepared {
         .ok()?;
         let name = quoted(path.to_bytes());
         let status = rustix::fs::statat(&directory, path, AtFlags::empty()).ok()?;
-        if rustix::fs::FileType::from_raw_mode(status.st_mode) != rustix::fs::FileType::RegularFile
-        {
+        if rustix::fs::FileType::from_raw_mode(status.st_mode) != rustix::fs::FileType::RegularFile {
             return None;
         }
         let mut start = [0; 256];
@@ -161,33 +127,20 @@ impl Prepared {
         let start = start.get(..length)?;
         Some(match start.strip_prefix(b"#!") {
             Some(line) => {
-                let line = line
-                    .split(|byte| *byte == b'\n')
-                    .next()
-                    .unwrap_or_default()
-                    .trim_ascii();
-                let interpreter = line
-                    .split(u8::is_ascii_whitespace)
-                    .next()
-                    .unwrap_or_default();
-                format!(
-                    "{name}: the script's interpreter {} does not exist",
-                    quoted(interpreter)
-                )
+                let line = line.split(|byte| *byte == b'\n').next().unwrap_or_default().trim_ascii();
+                let interpreter = line.split(u8::is_ascii_whitespace).next().unwrap_or_default();
+                format!("{name}: the script's interpreter {} does not exist", quoted(interpreter))
             }
-            None => format!(
-                "{name}: the program's loader (ld.so) does not exist; hint: its libraries are not in the image"
-            ),
+            None => {
+                format!("{name}: the program's loader (ld.so) does not exist; hint: its libraries are not in the image")
+            }
         })
     }
 
     fn searched(&self) -> Vec<u8> {
         let directories = self.candidates.iter().map(|path| {
             let path = path.to_bytes();
-            let slash = path
-                .iter()
-                .rposition(|byte| *byte == b'/')
-                .unwrap_or_default();
+            let slash = path.iter().rposition(|byte| *byte == b'/').unwrap_or_default();
             path.get(..slash).unwrap_or_default()
         });
         directories.collect::<Vec<_>>().join(&b':')
@@ -204,9 +157,7 @@ fn candidates(program: &[u8], env: &[(ByteBuf, ByteBuf)]) -> Result<Vec<CString>
     let search = env.iter().find(|(name, _)| name.as_slice() == b"PATH");
     let search = search.map_or(DEFAULT_PATH, |(_, value)| value.as_slice());
     if search.split(|byte| *byte == b':').count() > MAX_PATH_DIRECTORIES {
-        return Err(invalid(&format!(
-            "env PATH has more than {MAX_PATH_DIRECTORIES} directories"
-        )));
+        return Err(invalid(&format!("env PATH has more than {MAX_PATH_DIRECTORIES} directories")));
     }
     let files = search.split(|byte| *byte == b':').map(|directory| {
         // An empty directory is the current one.
@@ -235,11 +186,7 @@ pub fn too_many(limit: usize) -> ExecFailure {
 }
 
 fn failure(kind: ExecFailureKind, errno: Errno, message: String) -> ExecFailure {
-    ExecFailure {
-        kind,
-        errno: errno.raw_os_error(),
-        message,
-    }
+    ExecFailure { kind, errno: errno.raw_os_error(), message }
 }
 
 fn words(errno: Errno) -> std::io::Error {

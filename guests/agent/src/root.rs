@@ -35,9 +35,7 @@ impl Root {
     /// Reads the words of a kernel command line; the last of each kind counts.
     pub fn from_command_line(line: &str) -> Root {
         let word = |name: &str| {
-            let mut values = line
-                .split_ascii_whitespace()
-                .filter_map(|word| word.strip_prefix(name));
+            let mut values = line.split_ascii_whitespace().filter_map(|word| word.strip_prefix(name));
             values.next_back().filter(|value| !value.is_empty())
         };
         match word("microvm.root=") {
@@ -63,28 +61,17 @@ pub fn switch(device: &str, kind: &str) -> Result<Left, BootError> {
         let step = step.to_owned();
         move |error| BootError::new(step, error)
     };
-    let old = rustix::fs::open(
-        "/",
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(failed("open the initramfs"))?;
+    let old = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed("open the initramfs"))?;
     mounts::make_directory(IMAGE).map_err(failed("make /image"))?;
     mount_disk(device, kind)?;
-    mounts::mount_at(
-        "tmpfs",
-        WRITABLE,
-        "tmpfs",
-        MountFlags::empty(),
-        c"mode=0755",
-    )
-    .map_err(failed("mount the writable layer (tmpfs)"))?;
+    mounts::mount_at("tmpfs", WRITABLE, "tmpfs", MountFlags::empty(), c"mode=0755")
+        .map_err(failed("mount the writable layer (tmpfs)"))?;
     mounts::make_directory("/writable/upper").map_err(failed("make the writable layer"))?;
     mounts::make_directory("/writable/work").map_err(failed("make the writable layer"))?;
     // With redirect_dir, renaming a directory of the image works as on any file system.
     let layers = c"lowerdir=/image,upperdir=/writable/upper,workdir=/writable/work,redirect_dir=on";
-    mounts::mount_at("overlay", MERGED, "overlay", MountFlags::empty(), layers)
-        .map_err(failed("mount the overlay"))?;
+    mounts::mount_at("overlay", MERGED, "overlay", MountFlags::empty(), layers).map_err(failed("mount the overlay"))?;
     for (from, to) in [("/dev", "/merged/dev"), ("/proc", "/merged/proc")] {
         move_mount(from, to).map_err(failed(&format!("move {from} to the new root")))?;
     }
@@ -101,23 +88,15 @@ fn mount_disk(device: &str, kind: &str) -> Result<(), BootError> {
         match rustix::mount::mount(device, IMAGE, kind, MountFlags::RDONLY, None) {
             Ok(()) => return Ok(()),
             // No device node yet, or a node whose driver is not ready.
-            Err(Errno::NOENT | Errno::NXIO) if start.elapsed() < DISK_WAIT => {
-                std::thread::sleep(DISK_POLL)
-            }
+            Err(Errno::NOENT | Errno::NXIO) if start.elapsed() < DISK_WAIT => std::thread::sleep(DISK_POLL),
             Err(error) => {
                 let hint = match error {
-                    Errno::NOENT | Errno::NXIO => {
-                        "; hint: the machine has no such disk, or no driver for it"
-                    }
+                    Errno::NOENT | Errno::NXIO => "; hint: the machine has no such disk, or no driver for it",
                     Errno::NODEV => "; hint: the kernel does not know this file system",
-                    Errno::INVAL => {
-                        "; hint: the disk holds something else, see microvm.rootfstype="
-                    }
+                    Errno::INVAL => "; hint: the disk holds something else, see microvm.rootfstype=",
                     _ => "",
                 };
-                return Err(
-                    BootError::new(format!("mount {device} as {kind}"), error).with_hint(hint)
-                );
+                return Err(BootError::new(format!("mount {device} as {kind}"), error).with_hint(hint));
             }
         }
     }
@@ -157,10 +136,7 @@ mod tests {
     use super::*;
 
     fn disk(device: &str, kind: &str) -> Root {
-        Root::Disk {
-            device: device.into(),
-            kind: kind.into(),
-        }
+        Root::Disk { device: device.into(), kind: kind.into() }
     }
 
     #[test]
@@ -169,14 +145,8 @@ mod tests {
             ("", disk("/dev/vda", "erofs")),
             ("root=/dev/sda quiet", disk("/dev/vda", "erofs")),
             ("microvm.rootfstype=ext4\n", disk("/dev/vda", "ext4")),
-            (
-                "microvm.root=/dev/vdb microvm.rootfstype=",
-                disk("/dev/vdb", "erofs"),
-            ),
-            (
-                "microvm.root=/dev/vdb microvm.root=initramfs",
-                Root::Initramfs,
-            ),
+            ("microvm.root=/dev/vdb microvm.rootfstype=", disk("/dev/vdb", "erofs")),
+            ("microvm.root=/dev/vdb microvm.root=initramfs", Root::Initramfs),
             ("xmicrovm.root=initramfs", disk("/dev/vda", "erofs")),
         ];
         for (line, root) in cases {

@@ -30,14 +30,8 @@ const GRACE: Duration = Duration::from_millis(500);
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Connections have numbers from 1, so these are free.
-const LISTENER: Token = Token {
-    connection: 0,
-    source: Source::Socket,
-};
-const SIGNALS: Token = Token {
-    connection: 0,
-    source: Source::Stdin,
-};
+const LISTENER: Token = Token { connection: 0, source: Source::Socket };
+const SIGNALS: Token = Token { connection: 0, source: Source::Stdin };
 
 /// What the server is in its system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,12 +68,7 @@ impl Server {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn new(
-        listener: OwnedFd,
-        role: Role,
-        groups: Groups,
-        limits: Limits,
-    ) -> Result<Server, Errno> {
+    pub fn new(listener: OwnedFd, role: Role, groups: Groups, limits: Limits) -> Result<Server, Errno> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let signals = signals()?;
         epoll::add(&epoll, &signals, SIGNALS.into(), EventFlags::IN)?;
@@ -105,11 +94,7 @@ impl Server {
         loop {
             events.clear();
             let timeout = self.next_deadline().map(time_until);
-            match epoll::wait(
-                &self.context.epoll,
-                spare_capacity(&mut events),
-                timeout.as_ref(),
-            ) {
+            match epoll::wait(&self.context.epoll, spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error),
             }
@@ -171,12 +156,7 @@ impl Server {
         let now = Instant::now();
         if self.accept_at.is_some_and(|at| now >= at) {
             self.accept_at = if self.connections.len() < MAX_CONNECTIONS {
-                epoll::add(
-                    &self.context.epoll,
-                    &self.listener,
-                    LISTENER.into(),
-                    EventFlags::IN,
-                )?;
+                epoll::add(&self.context.epoll, &self.listener, LISTENER.into(), EventFlags::IN)?;
                 None
             } else {
                 now.checked_add(ACCEPT_AGAIN)
@@ -189,10 +169,7 @@ impl Server {
         let mut information = [0; size_of::<libc::signalfd_siginfo>()];
         while let Ok(length) = rustix::io::read(&self.signals, &mut information) {
             // The structure begins with the signal's number.
-            let number = information
-                .first_chunk()
-                .filter(|_| length > 0)
-                .map(|bytes| i32::from_ne_bytes(*bytes));
+            let number = information.first_chunk().filter(|_| length > 0).map(|bytes| i32::from_ne_bytes(*bytes));
             if matches!(number, Some(libc::SIGTERM | libc::SIGINT)) {
                 self.context.power_off = true;
             }
@@ -229,10 +206,7 @@ impl Server {
     fn expire(&mut self, touched: &mut BTreeSet<u64>) {
         let now = Instant::now();
         for (id, connection) in &mut self.connections {
-            if connection
-                .deadline()
-                .is_some_and(|deadline| now >= deadline)
-            {
+            if connection.deadline().is_some_and(|deadline| now >= deadline) {
                 connection.expire(now);
                 touched.insert(*id);
             }
@@ -241,10 +215,7 @@ impl Server {
 
     fn settle(&mut self, touched: &BTreeSet<u64>) {
         for id in touched {
-            let goes_on = self
-                .connections
-                .get_mut(id)
-                .is_some_and(|connection| connection.settle(&mut self.context));
+            let goes_on = self.connections.get_mut(id).is_some_and(|connection| connection.settle(&mut self.context));
             if !goes_on && let Some(connection) = self.connections.remove(id) {
                 connection.abandon(&mut self.context);
             }
@@ -261,10 +232,7 @@ impl Server {
         match self.ending {
             None => {
                 self.signal_everything(libc::SIGTERM);
-                self.ending = Some(Ending {
-                    killed: false,
-                    deadline,
-                });
+                self.ending = Some(Ending { killed: false, deadline });
                 // Whether anything runs at all is seen at once.
                 let mut touched = BTreeSet::new();
                 let childless = self.reap(&mut touched);
@@ -276,10 +244,7 @@ impl Server {
             Some(ending) if ending.killed => true,
             Some(_) => {
                 self.signal_everything(libc::SIGKILL);
-                self.ending = Some(Ending {
-                    killed: true,
-                    deadline,
-                });
+                self.ending = Some(Ending { killed: true, deadline });
                 false
             }
         }
@@ -337,16 +302,8 @@ fn exit_status(status: WaitStatus) -> ExitStatus {
 /// Rounded up to a millisecond, so that the deadline has passed when the wait ends.
 fn time_until(deadline: Instant) -> Timespec {
     let rest = deadline.saturating_duration_since(Instant::now());
-    let milliseconds = i64::try_from(rest.as_millis())
-        .unwrap_or(i64::MAX)
-        .saturating_add(1);
+    let milliseconds = i64::try_from(rest.as_millis()).unwrap_or(i64::MAX).saturating_add(1);
     let seconds = milliseconds.checked_div(1000).unwrap_or_default();
-    let nanoseconds = milliseconds
-        .checked_rem(1000)
-        .unwrap_or_default()
-        .saturating_mul(1_000_000);
-    Timespec {
-        tv_sec: seconds,
-        tv_nsec: nanoseconds,
-    }
+    let nanoseconds = milliseconds.checked_rem(1000).unwrap_or_default().saturating_mul(1_000_000);
+    Timespec { tv_sec: seconds, tv_nsec: nanoseconds }
 }

@@ -98,16 +98,8 @@ impl Limits {
     /// The kernel refuses.
     pub fn of_a_machine() -> Result<Limits, Errno> {
         let hard = 1 << 20;
-        set_open_files(libc::rlimit {
-            rlim_cur: hard,
-            rlim_max: hard,
-        })?;
-        Ok(Limits {
-            commands: libc::rlimit {
-                rlim_cur: 1024,
-                rlim_max: hard,
-            },
-        })
+        set_open_files(libc::rlimit { rlim_cur: hard, rlim_max: hard })?;
+        Ok(Limits { commands: libc::rlimit { rlim_cur: 1024, rlim_max: hard } })
     }
 
     /// The limits this process was started with, for commands; its own are raised to what it may have.
@@ -115,18 +107,12 @@ impl Limits {
     /// # Errors
     /// The kernel refuses.
     pub fn of_this_process() -> Result<Limits, Errno> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         // SAFETY: the kernel stores one rlimit through the pointer.
         if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
             return Err(last_error());
         }
-        set_open_files(libc::rlimit {
-            rlim_cur: limit.rlim_max,
-            ..limit
-        })?;
+        set_open_files(libc::rlimit { rlim_cur: limit.rlim_max, ..limit })?;
         Ok(Limits { commands: limit })
     }
 }
@@ -134,11 +120,7 @@ impl Limits {
 fn set_open_files(limit: libc::rlimit) -> Result<(), Errno> {
     // SAFETY: the kernel reads one rlimit through the pointer.
     let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(last_error())
-    }
+    if result == 0 { Ok(()) } else { Err(last_error()) }
 }
 
 impl Spawner {
@@ -148,38 +130,23 @@ impl Spawner {
     /// There is no `/dev/null`.
     pub fn new(limits: Limits) -> Result<Spawner, Errno> {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Spawner {
-            null,
-            stack: Vec::with_capacity(STACK),
-            limits,
-        })
+        Ok(Spawner { null, stack: Vec::with_capacity(STACK), limits })
     }
 
     /// Starts a process in a session of its own, and in `group` if there is one.
     ///
     /// # Errors
     /// The step that failed; no process is left behind then.
-    pub fn spawn(
-        &mut self,
-        request: &Prepared,
-        group: Option<&Group>,
-    ) -> Result<Child, SpawnError> {
+    pub fn spawn(&mut self, request: &Prepared, group: Option<&Group>) -> Result<Child, SpawnError> {
         let resources = SpawnError::Resources;
-        let stdin = if request.stdin {
-            Some(pipe().map_err(resources)?)
-        } else {
-            None
-        };
+        let stdin = if request.stdin { Some(pipe().map_err(resources)?) } else { None };
         let (stdout, child_stdout) = pipe().map_err(resources)?;
         let (stderr, child_stderr) = pipe().map_err(resources)?;
         let (child_stdin, stdin) = match stdin {
             Some((read, write)) => (Some(read), Some(write)),
             None => (None, None),
         };
-        for ours in [Some(&stdout), Some(&stderr), stdin.as_ref()]
-            .into_iter()
-            .flatten()
-        {
+        for ours in [Some(&stdout), Some(&stderr), stdin.as_ref()].into_iter().flatten() {
             rustix::fs::fcntl_setfl(ours, OFlags::NONBLOCK).map_err(resources)?;
         }
 
@@ -190,10 +157,7 @@ impl Spawner {
             stdin: child_stdin.as_ref().unwrap_or(&self.null).as_raw_fd(),
             stdout: child_stdout.as_raw_fd(),
             stderr: child_stderr.as_raw_fd(),
-            directory: request
-                .directory
-                .as_ref()
-                .map_or(std::ptr::null(), |path| path.as_ptr()),
+            directory: request.directory.as_ref().map_or(std::ptr::null(), |path| path.as_ptr()),
             candidates: candidates.as_ptr(),
             argv: argv.as_ptr(),
             envp: envp.as_ptr(),
@@ -204,24 +168,15 @@ impl Spawner {
         };
         // SAFETY: the plan and all that it points to live until the end of this function, and the stack is used
         // by nobody else: the call returns when the child is done with both.
-        let pid = unsafe { clone_and_run(&mut plan, self.stack.spare_capacity_mut(), group) }
-            .map_err(resources)?;
+        let pid = unsafe { clone_and_run(&mut plan, self.stack.spare_capacity_mut(), group) }.map_err(resources)?;
         if plan.failed_step == STEP_NONE {
-            return Ok(Child {
-                pid,
-                stdin,
-                stdout,
-                stderr,
-            });
+            return Ok(Child { pid, stdin, stdout, stderr });
         }
         reap(pid);
         let errno = Errno::from_raw_os_error(plan.failed_errno);
         Err(match plan.failed_step {
             STEP_DIRECTORY => SpawnError::WorkingDirectory(errno),
-            STEP_EXECUTE => SpawnError::Execute {
-                errno,
-                candidate: plan.failed_candidate,
-            },
+            STEP_EXECUTE => SpawnError::Execute { errno, candidate: plan.failed_candidate },
             _ => SpawnError::Resources(errno),
         })
     }
@@ -233,18 +188,13 @@ fn pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
 
 /// The list that `execve` takes: pointers, then a null pointer.
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings
-        .iter()
-        .map(|string| string.as_ptr())
-        .chain([std::ptr::null()])
-        .collect()
+    strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
 }
 
 fn reap(pid: i32) {
     if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-        let _ = rustix::io::retry_on_intr(|| {
-            rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty())
-        });
+        let _ =
+            rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()));
     }
 }
 
@@ -253,20 +203,12 @@ fn reap(pid: i32) {
 ///
 /// # Safety
 /// `plan` must satisfy [`run_child`], and `stack` must not be in use.
-unsafe fn clone_and_run(
-    plan: &mut Plan,
-    stack: &mut [MaybeUninit<u8>],
-    group: Option<&Group>,
-) -> Result<i32, Errno> {
+unsafe fn clone_and_run(plan: &mut Plan, stack: &mut [MaybeUninit<u8>], group: Option<&Group>) -> Result<i32, Errno> {
     // The end of the stack must be a multiple of 16.
     let bottom = stack.as_mut_ptr() as u64;
     let size = (stack.len() as u64).saturating_sub(16) & !15;
     let bottom = bottom.saturating_add(15) & !15;
-    let into_group = if group.is_some() {
-        CLONE_INTO_CGROUP
-    } else {
-        0
-    };
+    let into_group = if group.is_some() { CLONE_INTO_CGROUP } else { 0 };
     let shared = u64::try_from(libc::CLONE_VM | libc::CLONE_VFORK).unwrap_or_default();
     let arguments = libc::clone_args {
         flags: shared | CLONE_CLEAR_SIGHAND | into_group,
@@ -279,9 +221,7 @@ unsafe fn clone_and_run(
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: group.map_or(0, |group| {
-            u64::try_from(group.as_fd().as_raw_fd()).unwrap_or_default()
-        }),
+        cgroup: group.map_or(0, |group| u64::try_from(group.as_fd().as_raw_fd()).unwrap_or_default()),
     };
     let result: isize;
     // SAFETY: `arguments` is a valid clone_args of the given size. The parent comes out behind the system call

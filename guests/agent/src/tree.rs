@@ -19,9 +19,7 @@ struct Process {
 
 /// Kills `leader`, its descendants, and everything in its session.
 pub fn kill(leader: i32) {
-    kill_all(|process| {
-        process.pid == leader || process.session == leader || process.group == leader
-    });
+    kill_all(|process| process.pid == leader || process.session == leader || process.group == leader);
 }
 
 /// Kills all descendants of the calling process, but not itself.
@@ -77,27 +75,16 @@ fn processes() -> Vec<Process> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };
-    let pids = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter_map(|pid| parse(pid, &std::fs::read(format!("/proc/{pid}/stat")).ok()?))
-        .collect()
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter_map(|pid| parse(pid, &std::fs::read(format!("/proc/{pid}/stat")).ok()?)).collect()
 }
 
 /// Reads "pid (name) state parent group session …"; the name may hold anything, also parentheses and spaces.
 fn parse(pid: i32, stat: &[u8]) -> Option<Process> {
     let end_of_name = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = std::str::from_utf8(stat.get(end_of_name..)?).ok()?;
-    let mut fields = rest
-        .split_ascii_whitespace()
-        .skip(2)
-        .map(|field| field.parse().ok());
-    Some(Process {
-        pid,
-        parent: fields.next()??,
-        group: fields.next()??,
-        session: fields.next()??,
-    })
+    let mut fields = rest.split_ascii_whitespace().skip(2).map(|field| field.parse().ok());
+    Some(Process { pid, parent: fields.next()??, group: fields.next()??, session: fields.next()?? })
 }
 
 #[cfg(test)]
@@ -123,12 +110,7 @@ mod tests {
 
     #[test]
     fn members_follow_parents_in_any_order_and_spare_strangers() {
-        let process = |pid, parent, session| Process {
-            pid,
-            parent,
-            group: session,
-            session,
-        };
+        let process = |pid, parent, session| Process { pid, parent, group: session, session };
         let table = [
             process(9_000_004, 9_000_003, 9_000_004),
             process(9_000_003, 9_000_002, 9_000_002),
@@ -137,9 +119,6 @@ mod tests {
             process(9_000_006, 1, 9_000_006),
         ];
         let found = members(&table, |p| p.session == 9_000_002);
-        assert_eq!(
-            found,
-            BTreeSet::from([9_000_002, 9_000_003, 9_000_004, 9_000_005])
-        );
+        assert_eq!(found, BTreeSet::from([9_000_002, 9_000_003, 9_000_004, 9_000_005]));
     }
 }

@@ -42,10 +42,7 @@ impl From<EventData> for Token {
             2 => Source::Stdout,
             _ => Source::Stderr,
         };
-        Token {
-            connection: data.u64() >> 2,
-            source,
-        }
+        Token { connection: data.u64() >> 2, source }
     }
 }
 
@@ -60,11 +57,7 @@ pub struct Watched {
 impl Watched {
     /// Not yet watched for anything.
     pub fn new(fd: OwnedFd, token: Token) -> Self {
-        Watched {
-            fd,
-            token,
-            interest: EventFlags::empty(),
-        }
+        Watched { fd, token, interest: EventFlags::empty() }
     }
 
     /// The descriptor.

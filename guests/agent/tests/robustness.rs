@@ -1,11 +1,5 @@
 //! Limits, ends, and hosts that misbehave.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    clippy::arithmetic_side_effects
-)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 mod common;
 
@@ -29,14 +23,8 @@ fn a_timeout_kills_the_whole_tree() {
         let script = format!("echo begun; sleep {child} & (sleep {orphan} &) ; wait");
         let start = Instant::now();
         let outcome = agent.run(with_timeout(sh(&script), 300));
-        assert_eq!(
-            (outcome.stdout, outcome.status),
-            (b"begun\n".to_vec(), Some(ExitStatus::TimedOut))
-        );
-        assert!(
-            start.elapsed() >= Duration::from_millis(300)
-                && start.elapsed() < Duration::from_millis(1200)
-        );
+        assert_eq!((outcome.stdout, outcome.status), (b"begun\n".to_vec(), Some(ExitStatus::TimedOut)));
+        assert!(start.elapsed() >= Duration::from_millis(300) && start.elapsed() < Duration::from_millis(1200));
         wait_until("children are gone", || !lives(&child) && !lives(&orphan));
         wait_until("zombies are gone", || agent.children().is_empty());
     }
@@ -70,25 +58,15 @@ fn a_timeout_counts_also_when_only_a_background_process_is_left() {
 #[test]
 fn timeouts_of_any_length_are_kept() {
     let agent = Agent::start();
-    assert_eq!(
-        agent.run(with_timeout(exec(["sleep", "1000"]), 0)).status,
-        Some(ExitStatus::TimedOut)
-    );
-    assert_eq!(
-        agent.run(with_timeout(exec(["true"]), u64::MAX)).status,
-        Some(ExitStatus::Code(0))
-    );
+    assert_eq!(agent.run(with_timeout(exec(["sleep", "1000"]), 0)).status, Some(ExitStatus::TimedOut));
+    assert_eq!(agent.run(with_timeout(exec(["true"]), u64::MAX)).status, Some(ExitStatus::Code(0)));
 }
 
 #[test]
 fn closing_the_stream_kills_the_whole_tree() {
     for agent in Agent::all() {
         let (child, far) = (marker(), marker());
-        let far_script = if agent.has_groups() {
-            daemon(&far)
-        } else {
-            format!("setsid sleep {far} &")
-        };
+        let far_script = if agent.has_groups() { daemon(&far) } else { format!("setsid sleep {far} &") };
         let mut stream = agent.exec(sh(&format!("sleep {child} &\n{far_script}\nsleep 1000")));
         stream.started();
         wait_until("all run", || lives(&child) && lives(&far));
@@ -102,10 +80,7 @@ fn closing_the_stream_kills_the_whole_tree() {
 fn closing_the_stream_is_noticed_while_input_and_output_are_stuck() {
     for agent in Agent::all() {
         let mark = marker();
-        let mut stream = agent.exec(ExecRequest {
-            stdin: true,
-            ..sh(&format!("yes & sleep {mark}"))
-        });
+        let mut stream = agent.exec(ExecRequest { stdin: true, ..sh(&format!("yes & sleep {mark}")) });
         stream.started();
         wait_until("it runs", || lives(&mark));
         fill(&mut stream.socket);
@@ -140,18 +115,13 @@ fn each_command_gets_a_fresh_group() {
                   g=$d$(grep '^0::' /proc/self/cgroup | cut -d: -f3); mkdir $g/inner && rmdir $g/inner; echo $g";
     let first = agent.sh(script);
     let second = agent.sh(script);
-    assert_eq!(
-        (first.status, first.stderr),
-        (Some(ExitStatus::Code(0)), vec![])
-    );
+    assert_eq!((first.status, first.stderr), (Some(ExitStatus::Code(0)), vec![]));
     assert_ne!(first.stdout, second.stdout);
 }
 
 /// Writes standard input until nothing more is taken for a while.
 fn fill(socket: &mut std::os::unix::net::UnixStream) -> usize {
-    socket
-        .set_write_timeout(Some(Duration::from_millis(300)))
-        .unwrap();
+    socket.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     let chunk = frame::encode_prefixed(&ToAgent::Stdin(vec![b'x'; MAX_CHUNK])).unwrap();
     let mut total = 0;
     while let Ok(length) = socket.write(&chunk[total % chunk.len()..]) {
@@ -166,16 +136,10 @@ fn memory_is_bounded_while_the_host_does_not_read() {
     let agent = Agent::start();
     let before = agent.status("VmRSS");
     let size = 300 << 20;
-    let mut stream = agent.exec(sh(&format!(
-        "head -c {size} /dev/zero & head -c {size} /dev/zero >&2; wait; exit 9"
-    )));
+    let mut stream = agent.exec(sh(&format!("head -c {size} /dev/zero & head -c {size} /dev/zero >&2; wait; exit 9")));
     stream.started();
     std::thread::sleep(Duration::from_millis(500));
-    assert!(
-        agent.status("VmRSS") < before + 4096,
-        "{} KiB, before {before}",
-        agent.status("VmRSS")
-    );
+    assert!(agent.status("VmRSS") < before + 4096, "{} KiB, before {before}", agent.status("VmRSS"));
 
     let (mut stdout, mut stderr) = (0, 0);
     loop {
@@ -187,11 +151,7 @@ fn memory_is_bounded_while_the_host_does_not_read() {
         }
     }
     assert_eq!((stdout, stderr), (size, size));
-    assert!(
-        agent.status("VmHWM") < before + 8192,
-        "{} KiB, before {before}",
-        agent.status("VmHWM")
-    );
+    assert!(agent.status("VmHWM") < before + 8192, "{} KiB, before {before}", agent.status("VmHWM"));
 }
 
 #[test]
@@ -199,27 +159,17 @@ fn memory_is_bounded_while_the_command_does_not_read() {
     let agent = Agent::start();
     let before = agent.status("VmRSS");
     let script = "read line; cat >/dev/null; exit 6";
-    let mut stream = agent.exec(ExecRequest {
-        stdin: true,
-        ..sh(&format!("kill -STOP $$; {script}"))
-    });
+    let mut stream = agent.exec(ExecRequest { stdin: true, ..sh(&format!("kill -STOP $$; {script}")) });
     let pid = stream.started();
     let taken = fill(&mut stream.socket);
     assert!(taken < 4 << 20, "{taken}");
-    assert!(
-        agent.status("VmHWM") < before + 4096,
-        "{} KiB, before {before}",
-        agent.status("VmHWM")
-    );
+    assert!(agent.status("VmHWM") < before + 4096, "{} KiB, before {before}", agent.status("VmHWM"));
 
     // SAFETY: kill touches no memory of this process.
     unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGCONT) };
     let chunk = frame::encode_prefixed(&ToAgent::Stdin(vec![b'x'; MAX_CHUNK])).unwrap();
     stream.socket.set_write_timeout(Some(PATIENCE)).unwrap();
-    stream
-        .socket
-        .write_all(&chunk[taken % chunk.len()..])
-        .unwrap();
+    stream.socket.write_all(&chunk[taken % chunk.len()..]).unwrap();
     stream.send(&ToAgent::StdinEnd);
     assert_eq!(stream.finish().status, Some(ExitStatus::Code(6)));
 }
@@ -229,10 +179,7 @@ fn many_commands_run_at_once() {
     for agent in Agent::all() {
         let mut streams: Vec<_> = (0..200)
             .map(|number| {
-                let mut stream = agent.exec(ExecRequest {
-                    stdin: true,
-                    ..sh(&format!("cat; exit {}", number % 100))
-                });
+                let mut stream = agent.exec(ExecRequest { stdin: true, ..sh(&format!("cat; exit {}", number % 100)) });
                 stream.send(&ToAgent::Stdin(format!("input {number}").into_bytes()));
                 stream
             })
@@ -243,10 +190,7 @@ fn many_commands_run_at_once() {
         for (number, stream) in streams.into_iter().enumerate() {
             let outcome = stream.finish();
             assert_eq!(outcome.stdout, format!("input {number}").into_bytes());
-            assert_eq!(
-                outcome.status,
-                Some(ExitStatus::Code(u8::try_from(number % 100).unwrap()))
-            );
+            assert_eq!(outcome.status, Some(ExitStatus::Code(u8::try_from(number % 100).unwrap())));
         }
     }
 }
@@ -254,14 +198,7 @@ fn many_commands_run_at_once() {
 #[test]
 fn the_command_over_the_limit_is_refused_and_leaves_room_again() {
     let agent = Agent::start();
-    let mut streams: Vec<_> = (0..512)
-        .map(|_| {
-            agent.exec(ExecRequest {
-                stdin: true,
-                ..exec(["cat"])
-            })
-        })
-        .collect();
+    let mut streams: Vec<_> = (0..512).map(|_| agent.exec(ExecRequest { stdin: true, ..exec(["cat"]) })).collect();
     for stream in &mut streams {
         stream.started();
     }
@@ -290,11 +227,7 @@ fn nothing_is_left_behind() {
         agent.sh("true");
         let (files, memory) = (agent.open_files(), agent.status("VmRSS"));
         for number in 0..200 {
-            let outcome = if number % 2 == 0 {
-                agent.sh("echo $$; (sleep 0 &)")
-            } else {
-                agent.run(exec(["/absent"]))
-            };
+            let outcome = if number % 2 == 0 { agent.sh("echo $$; (sleep 0 &)") } else { agent.run(exec(["/absent"])) };
             assert!(outcome.status.is_some() || outcome.failure.is_some());
         }
         wait_until("descriptors are closed", || agent.open_files() == files);
@@ -309,16 +242,9 @@ fn nothing_is_left_behind() {
 #[test]
 fn garbage_closes_its_own_connection_only() {
     let agent = Agent::start();
-    let mut bystander = agent.exec(ExecRequest {
-        stdin: true,
-        ..exec(["cat"])
-    });
+    let mut bystander = agent.exec(ExecRequest { stdin: true, ..exec(["cat"]) });
     bystander.started();
-    let config = ProptestConfig {
-        cases: 200,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    };
+    let config = ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(bytes in proptest::collection::vec(any::<u8>(), 0..300), announce in any::<bool>())| {
         let mut stream = agent.connect();
         if announce {
@@ -353,11 +279,7 @@ fn truncated_frames_run_nothing() {
 #[test]
 fn messages_out_of_turn_end_the_connection_and_the_command() {
     let agent = Agent::start();
-    for first in [
-        ToAgent::Stdin(vec![1]),
-        ToAgent::StdinEnd,
-        ToAgent::Signal(9),
-    ] {
+    for first in [ToAgent::Stdin(vec![1]), ToAgent::StdinEnd, ToAgent::Signal(9)] {
         let mut stream = agent.connect();
         stream.send(&first);
         assert_eq!(stream.receive(), None);
@@ -390,11 +312,7 @@ fn power_off_without_commands_is_immediate() {
         let start = Instant::now();
         agent.connect().send(&ToAgent::PowerOff);
         assert!(agent.wait().success());
-        assert!(
-            start.elapsed() < Duration::from_millis(450),
-            "{:?}",
-            start.elapsed()
-        );
+        assert!(start.elapsed() < Duration::from_millis(450), "{:?}", start.elapsed());
     }
 }
 
@@ -411,18 +329,10 @@ fn power_off_ends_commands_and_tells_their_end() {
         wait_until("all run", || lives(&stubborn_mark) && lives(&daemon_mark));
         let mut ending = agent.connect();
         ending.send(&ToAgent::PowerOff);
-        assert_eq!(
-            obedient.finish().status,
-            Some(ExitStatus::Signal(libc::SIGTERM))
-        );
-        assert_eq!(
-            stubborn.finish().status,
-            Some(ExitStatus::Signal(libc::SIGKILL))
-        );
+        assert_eq!(obedient.finish().status, Some(ExitStatus::Signal(libc::SIGTERM)));
+        assert_eq!(stubborn.finish().status, Some(ExitStatus::Signal(libc::SIGKILL)));
         assert_eq!(ending.receive(), None);
         assert!(agent.wait().success());
-        wait_until("all are gone", || {
-            !lives(&stubborn_mark) && !lives(&daemon_mark)
-        });
+        wait_until("all are gone", || !lives(&stubborn_mark) && !lives(&daemon_mark));
     }
 }

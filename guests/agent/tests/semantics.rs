@@ -1,11 +1,5 @@
 //! Commands behave as they do under `std::process::Command` and Python's `subprocess`.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    clippy::arithmetic_side_effects
-)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 mod common;
 
@@ -37,17 +31,8 @@ fn case() -> impl Strategy<Value = Case> {
     let name = "[A-Za-z_][A-Za-z0-9_]{0,8}".prop_map(|name| format!("X{name}").into_bytes());
     let end = prop_oneof![
         (0u8..=255).prop_map(|code| format!("exit {code}")),
-        prop_oneof![
-            Just(1),
-            Just(2),
-            Just(6),
-            Just(9),
-            Just(13),
-            Just(15),
-            Just(34),
-            Just(64)
-        ]
-        .prop_map(|signal| format!("kill -{signal} $$; sleep 5")),
+        prop_oneof![Just(1), Just(2), Just(6), Just(9), Just(13), Just(15), Just(34), Just(64)]
+            .prop_map(|signal| format!("kill -{signal} $$; sleep 5")),
     ];
     (
         proptest::collection::vec(word(), 0..6),
@@ -64,79 +49,41 @@ fn case() -> impl Strategy<Value = Case> {
 }
 
 fn by_agent(agent: &Agent, case: &Case) -> Outcome {
-    let mut argv: Vec<Vec<u8>> = ["sh", "-c", PROBE, "sh", &case.end]
-        .map(|word| word.as_bytes().to_vec())
-        .into();
+    let mut argv: Vec<Vec<u8>> = ["sh", "-c", PROBE, "sh", &case.end].map(|word| word.as_bytes().to_vec()).into();
     argv.extend(case.arguments.clone());
     let mut variables = env(common::ENV);
-    variables.extend(env(case
-        .variables
-        .iter()
-        .map(|(name, value)| (name, value))));
-    let mut stream = agent.exec(ExecRequest {
-        env: variables,
-        stdin: case.stdin.is_some(),
-        ..exec(argv)
-    });
+    variables.extend(env(case.variables.iter().map(|(name, value)| (name, value))));
+    let mut stream = agent.exec(ExecRequest { env: variables, stdin: case.stdin.is_some(), ..exec(argv) });
     if let Some(input) = &case.stdin {
         for chunk in input.chunks(MAX_CHUNK) {
             stream.send(&ToAgent::Stdin(chunk.to_vec()));
         }
         stream.send(&ToAgent::StdinEnd);
     }
-    Outcome {
-        pid: 0,
-        ..stream.finish()
-    }
+    Outcome { pid: 0, ..stream.finish() }
 }
 
 fn by_standard_library(case: &Case) -> Outcome {
     let mut command = Command::new("sh");
-    command
-        .args(["-c", PROBE, "sh", &case.end])
-        .args(case.arguments.iter().map(|word| OsStr::from_bytes(word)));
+    command.args(["-c", PROBE, "sh", &case.end]).args(case.arguments.iter().map(|word| OsStr::from_bytes(word)));
     command.env_clear().envs(common::ENV).current_dir("/");
-    command.envs(
-        case.variables
-            .iter()
-            .map(|(name, value)| (OsStr::from_bytes(name), OsStr::from_bytes(value))),
-    );
-    command.stdin(if case.stdin.is_some() {
-        Stdio::piped()
-    } else {
-        Stdio::null()
-    });
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    command.envs(case.variables.iter().map(|(name, value)| (OsStr::from_bytes(name), OsStr::from_bytes(value))));
+    command.stdin(if case.stdin.is_some() { Stdio::piped() } else { Stdio::null() });
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let stdin = child.stdin.take();
     let input = case.stdin.clone().unwrap_or_default();
     let writer = std::thread::spawn(move || stdin.map(|mut pipe| pipe.write_all(&input)));
     let output = child.wait_with_output().unwrap();
     let _ = writer.join().unwrap();
-    let code = output
-        .status
-        .code()
-        .map(|code| ExitStatus::Code(u8::try_from(code).unwrap()));
+    let code = output.status.code().map(|code| ExitStatus::Code(u8::try_from(code).unwrap()));
     let status = code.or_else(|| output.status.signal().map(ExitStatus::Signal));
-    Outcome {
-        stdout: output.stdout,
-        stderr: output.stderr,
-        status,
-        ..Outcome::default()
-    }
+    Outcome { stdout: output.stdout, stderr: output.stderr, status, ..Outcome::default() }
 }
 
 #[test]
 fn commands_give_what_the_standard_library_gives() {
     let agents = Agent::all();
-    let config = ProptestConfig {
-        cases: 48,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    };
+    let config = ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(case in case())| {
         // The order of the environment is not part of it.
         let sorted = |mut outcome: Outcome| {
@@ -233,51 +180,24 @@ fn programs_are_found_and_refused_as_by_subprocess() {
         join(&[at("folder"), "/bin".into()]),
         join(&["".into(), "/usr/bin".into()]),
     ];
-    let directories = [
-        at("."),
-        at("good"),
-        at("file"),
-        at("absent"),
-        OsString::new(),
-    ];
+    let directories = [at("."), at("good"), at("file"), at("absent"), OsString::new()];
     let mut cases = Vec::new();
     for program in &programs {
         for path in &paths {
-            cases.extend(
-                directories
-                    .iter()
-                    .map(|directory| [program.clone(), path.clone(), directory.clone()]),
-            );
+            cases.extend(directories.iter().map(|directory| [program.clone(), path.clone(), directory.clone()]));
         }
     }
     let mut python = Command::new("python3");
-    let mut python = python
-        .args(["-c", PYTHON])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let words = cases
-        .iter()
-        .flatten()
-        .flat_map(|word| [word.as_bytes(), b"\0"].concat())
-        .collect::<Vec<u8>>();
+    let mut python = python.args(["-c", PYTHON]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let words = cases.iter().flatten().flat_map(|word| [word.as_bytes(), b"\0"].concat()).collect::<Vec<u8>>();
     python.stdin.take().unwrap().write_all(&words).unwrap();
     let expected = String::from_utf8(python.wait_with_output().unwrap().stdout).unwrap();
     let agent = Agent::start();
 
     let got = cases.iter().map(|[program, path, directory]| {
-        let path = if path == "-" {
-            vec![]
-        } else {
-            env([(b"PATH".as_slice(), path.as_bytes())])
-        };
+        let path = if path == "-" { vec![] } else { env([(b"PATH".as_slice(), path.as_bytes())]) };
         let cwd = Some(ByteBuf::from(directory.as_bytes()));
-        let outcome = agent.run(ExecRequest {
-            env: path,
-            cwd,
-            ..exec([program.as_bytes()])
-        });
+        let outcome = agent.run(ExecRequest { env: path, cwd, ..exec([program.as_bytes()]) });
         outcome.failure.map_or(0, |failure| failure.errno)
     });
 
@@ -298,31 +218,17 @@ fn failures_have_their_kind_and_name_the_culprit() {
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
     let script = script.to_str().unwrap();
     let agent = Agent::start();
-    let in_directory = |cwd: &str| ExecRequest {
-        cwd: Some(ByteBuf::from(cwd)),
-        ..exec(["true"])
-    };
-    let in_environment = |name: &str, value: &str| ExecRequest {
-        env: env([(name, value)]),
-        ..exec(["true"])
-    };
+    let in_directory = |cwd: &str| ExecRequest { cwd: Some(ByteBuf::from(cwd)), ..exec(["true"]) };
+    let in_environment = |name: &str, value: &str| ExecRequest { env: env([(name, value)]), ..exec(["true"]) };
     let cases = [
         (exec(["no-such-program"]), NotFound, "no-such-program"),
         (exec(["no-such-program"]), NotFound, "/usr/bin:/bin"),
         (exec(["/no/such/program"]), NotFound, "/no/such/program"),
-        (
-            exec(["/etc/passwd/program"]),
-            NotFound,
-            "/etc/passwd/program",
-        ),
+        (exec(["/etc/passwd/program"]), NotFound, "/etc/passwd/program"),
         (exec([script]), NotFound, "/no/interpreter"),
         (exec(["/etc/passwd"]), NotExecutable, "/etc/passwd"),
         (exec(["/etc"]), NotExecutable, "/etc"),
-        (
-            in_directory("/no/directory"),
-            WorkingDirectory,
-            "/no/directory",
-        ),
+        (in_directory("/no/directory"), WorkingDirectory, "/no/directory"),
         (in_directory("/etc/passwd"), WorkingDirectory, "/etc/passwd"),
         (exec([""; 0]), Invalid, "argv is empty"),
         (exec(["true", "a\0b"]), Invalid, "argv[1]"),
@@ -337,15 +243,8 @@ fn failures_have_their_kind_and_name_the_culprit() {
     for (request, kind, culprit) in cases {
         let failure = agent.run(request.clone()).failure.unwrap();
         assert_eq!(failure.kind, kind, "{failure:?}");
-        assert!(
-            failure.message.contains(culprit),
-            "{culprit:?} is not in {:?}",
-            failure.message
-        );
-        assert!(
-            !failure.message.contains('\n') && failure.message.len() < 1000,
-            "{failure:?}"
-        );
+        assert!(failure.message.contains(culprit), "{culprit:?} is not in {:?}", failure.message);
+        assert!(!failure.message.contains('\n') && failure.message.len() < 1000, "{failure:?}");
         assert_ne!(failure.errno, 0);
     }
     assert_eq!(agent.children(), []);
@@ -361,17 +260,10 @@ const INHERITED: &str = "grep -E 'Sig(Blk|Pnd)' /proc/self/status; \
 #[test]
 fn a_command_inherits_nothing_from_the_agent() {
     // The agent itself inherits from this process what a child of it does.
-    let expected = Command::new("sh")
-        .args(["-c", INHERITED])
-        .current_dir("/")
-        .output()
-        .unwrap();
+    let expected = Command::new("sh").args(["-c", INHERITED]).current_dir("/").output().unwrap();
     for agent in Agent::all() {
         let got = agent.sh(INHERITED);
-        assert_eq!(
-            String::from_utf8(got.stdout).unwrap(),
-            std::str::from_utf8(&expected.stdout).unwrap()
-        );
+        assert_eq!(String::from_utf8(got.stdout).unwrap(), std::str::from_utf8(&expected.stdout).unwrap());
     }
 }
 
@@ -388,35 +280,22 @@ fn a_command_leads_its_own_session() {
 #[test]
 fn signals_reach_the_process_group() {
     for agent in Agent::all() {
-        let mut stream = agent.exec(sh(
-            "trap 'echo got it; exit 3' USR1; echo ready; while :; do sleep 0.02; done",
-        ));
+        let mut stream = agent.exec(sh("trap 'echo got it; exit 3' USR1; echo ready; while :; do sleep 0.02; done"));
         stream.started();
-        assert_eq!(
-            stream.receive(),
-            Some(microvm_protocol::agent::FromAgent::Stdout(
-                b"ready\n".to_vec()
-            ))
-        );
+        assert_eq!(stream.receive(), Some(microvm_protocol::agent::FromAgent::Stdout(b"ready\n".to_vec())));
         for harmless in [0, -1, 65, i32::MAX, i32::MIN] {
             stream.send(&ToAgent::Signal(harmless));
         }
         stream.send(&ToAgent::Signal(libc::SIGUSR1));
         let outcome = stream.finish();
-        assert_eq!(
-            (outcome.stdout, outcome.status),
-            (b"got it\n".to_vec(), Some(ExitStatus::Code(3)))
-        );
+        assert_eq!((outcome.stdout, outcome.status), (b"got it\n".to_vec(), Some(ExitStatus::Code(3))));
     }
 }
 
 #[test]
 fn stdin_that_nobody_reads_is_ignored() {
     let agent = Agent::start();
-    let mut stream = agent.exec(ExecRequest {
-        stdin: true,
-        ..sh("exec <&-; echo closed; sleep 0.2; exit 4")
-    });
+    let mut stream = agent.exec(ExecRequest { stdin: true, ..sh("exec <&-; echo closed; sleep 0.2; exit 4") });
     stream.started();
     stream.receive();
     for _ in 0..20 {
@@ -437,10 +316,7 @@ fn a_command_without_stdin_reads_the_null_device() {
 fn output_is_complete_when_the_end_is_told() {
     for agent in Agent::all() {
         let outcome = agent.sh("head -c 3000000 /dev/zero; head -c 2000000 /dev/zero >&2; exit 7");
-        assert_eq!(
-            (outcome.stdout.len(), outcome.stderr.len()),
-            (3_000_000, 2_000_000)
-        );
+        assert_eq!((outcome.stdout.len(), outcome.stderr.len()), (3_000_000, 2_000_000));
         assert_eq!(outcome.status, Some(ExitStatus::Code(7)));
     }
 }
@@ -449,8 +325,5 @@ fn output_is_complete_when_the_end_is_told() {
 fn a_background_process_that_holds_the_pipes_keeps_the_command_running() {
     let agent = Agent::start();
     let outcome = agent.sh("(sleep 0.3; echo late) & exit 5");
-    assert_eq!(
-        (outcome.stdout, outcome.status),
-        (b"late\n".to_vec(), Some(ExitStatus::Code(5)))
-    );
+    assert_eq!((outcome.stdout, outcome.status), (b"late\n".to_vec(), Some(ExitStatus::Code(5))));
 }

@@ -16,16 +16,8 @@ use std::time::{Duration, Instant};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let kernel = File::open(
-        arguments
-            .next()
-            .ok_or("usage: boot KERNEL [INITRD] [WORDS…]")?,
-    )?;
-    let initrd = arguments
-        .next()
-        .filter(|path| path != "-")
-        .map(File::open)
-        .transpose()?;
+    let kernel = File::open(arguments.next().ok_or("usage: boot KERNEL [INITRD] [WORDS…]")?)?;
+    let initrd = arguments.next().filter(|path| path != "-").map(File::open).transpose()?;
     let words: Vec<String> = arguments.collect();
     let (reader, writer) = UnixStream::pair()?;
 
@@ -39,27 +31,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         command_line: words.join(" "),
         drives: Vec::new(),
         console: true,
-        profile_us: std::env::var("PROFILE_US")
-            .ok()
-            .and_then(|us| us.parse().ok()),
+        profile_us: std::env::var("PROFILE_US").ok().and_then(|us| us.parse().ok()),
     };
     let mut devices = Vec::new();
     if let Some(path) = std::env::var_os("DRIVE") {
         let device = Box::new(Block::new(File::open(path)?, true)?);
-        devices.push(NewDevice {
-            name: "drive".into(),
-            device,
-        });
+        devices.push(NewDevice { name: "drive".into(), device });
     }
-    devices.push(NewDevice {
-        name: "rng".into(),
-        device: Box::new(Rng::new()),
-    });
-    let files = Files {
-        kernel,
-        initrd,
-        console: Some(writer.into()),
-    };
+    devices.push(NewDevice { name: "rng".into(), device: Box::new(Rng::new()) });
+    let files = Files { kernel, initrd, console: Some(writer.into()) };
     let mut machine = Machine::assemble(&backend, &spec, devices, Origin::Boot(files))?;
     let assembled = begin.elapsed();
 
@@ -76,18 +56,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let profile = machine.profile();
     drop(machine);
     let first = console.join().ok().flatten();
-    eprintln!(
-        "{}: detected {detected:?}, assembled {assembled:?}, stopped {stopped:?}",
-        backend.kind()
-    );
+    eprintln!("{}: detected {detected:?}, assembled {assembled:?}, stopped {stopped:?}", backend.kind());
     eprintln!("first byte on the console after {first:?}");
     match end {
-        Ok((at, end)) => eprintln!(
-            "ended after {:?}: {:?}: {}",
-            at.duration_since(start),
-            end.reason,
-            end.message
-        ),
+        Ok((at, end)) => eprintln!("ended after {:?}: {:?}: {}", at.duration_since(start), end.reason, end.message),
         Err(_) => eprintln!("still running"),
     }
     for (address, count) in &profile {
@@ -97,10 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn variable(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .ok()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(default)
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
 /// Copies the console to standard output; returns when the first byte came.

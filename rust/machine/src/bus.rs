@@ -41,22 +41,10 @@ impl Bus {
     ///
     /// # Errors
     /// [`BusError`] if the range is empty, wraps around or overlaps another.
-    pub fn insert(
-        &mut self,
-        base: u64,
-        size: u64,
-        device: Arc<dyn BusDevice>,
-    ) -> Result<(), BusError> {
+    pub fn insert(&mut self, base: u64, size: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
         let refused = BusError { base, size };
-        let last = size
-            .checked_sub(1)
-            .and_then(|more| base.checked_add(more))
-            .ok_or(refused)?;
-        if self
-            .windows
-            .iter()
-            .any(|window| window.base <= last && base <= window.last)
-        {
+        let last = size.checked_sub(1).and_then(|more| base.checked_add(more)).ok_or(refused)?;
+        if self.windows.iter().any(|window| window.base <= last && base <= window.last) {
             return Err(refused);
         }
         let position = self.windows.partition_point(|window| window.base < base);
@@ -80,13 +68,8 @@ impl Bus {
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(&dyn BusDevice, u64)> {
-        let last = u64::try_from(length)
-            .ok()?
-            .checked_sub(1)?
-            .checked_add(address)?;
-        let following = self
-            .windows
-            .partition_point(|window| window.base <= address);
+        let last = u64::try_from(length).ok()?.checked_sub(1)?.checked_add(address)?;
+        let following = self.windows.partition_point(|window| window.base <= address);
         let window = self.windows.get(following.checked_sub(1)?)?;
         (last <= window.last).then(|| (&*window.device, address.wrapping_sub(window.base)))
     }
@@ -112,8 +95,7 @@ mod tests {
 
     fn bus(base: u64) -> Bus {
         let mut bus = Bus::default();
-        bus.insert(base, 16, Arc::new(Cells(Mutex::new([0; 16]))))
-            .unwrap();
+        bus.insert(base, 16, Arc::new(Cells(Mutex::new([0; 16])))).unwrap();
         bus
     }
 

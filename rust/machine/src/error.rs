@@ -20,10 +20,7 @@ impl CallError {
 
     /// The same for calls that report through `std::io`.
     pub(crate) fn of_io(call: &'static str) -> impl Fn(std::io::Error) -> Self {
-        move |error| Self {
-            call,
-            errno: Errno::new(error.raw_os_error().unwrap_or(libc::EIO)),
-        }
+        move |error| Self { call, errno: Errno::new(error.raw_os_error().unwrap_or(libc::EIO)) }
     }
 
     /// The error number, as in `errno.h`.

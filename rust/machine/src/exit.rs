@@ -143,14 +143,8 @@ mod tests {
     #[test]
     fn instruction_is_decoded_from_length_and_bytes() {
         let words = [u64::from_le_bytes([3, 0x0f, 0x01, 0xcb, 0x90, 0, 0, 0]), 0];
-        let error = InternalError {
-            suberror: EMULATION,
-            data: vec![1, words[0], words[1]],
-        };
+        let error = InternalError { suberror: EMULATION, data: vec![1, words[0], words[1]] };
         assert_eq!(error.instruction(), Some(vec![0x0f, 0x01, 0xcb]));
-        assert_eq!(
-            error.to_string(),
-            "KVM could not emulate the instruction that begins with 0f 01 cb"
-        );
+        assert_eq!(error.to_string(), "KVM could not emulate the instruction that begins with 0f 01 cb");
     }
 }

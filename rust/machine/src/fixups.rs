@@ -55,18 +55,14 @@ pub(crate) fn apply(vcpu: &VcpuFd, instruction: &[u8]) -> Result<bool, CallError
         }
     };
     regs.rip = regs.rip.wrapping_add(length);
-    vcpu.set_regs(&regs)
-        .map_err(CallError::of("KVM_SET_REGS"))?;
+    vcpu.set_regs(&regs).map_err(CallError::of("KVM_SET_REGS"))?;
     if fix_up == FixUp::Breakpoint {
-        let mut events = vcpu
-            .get_vcpu_events()
-            .map_err(CallError::of("KVM_GET_VCPU_EVENTS"))?;
+        let mut events = vcpu.get_vcpu_events().map_err(CallError::of("KVM_GET_VCPU_EVENTS"))?;
         events.exception.injected = 1;
         events.exception.pending = 0;
         events.exception.nr = BREAKPOINT;
         events.exception.has_error_code = 0;
-        vcpu.set_vcpu_events(&events)
-            .map_err(CallError::of("KVM_SET_VCPU_EVENTS"))?;
+        vcpu.set_vcpu_events(&events).map_err(CallError::of("KVM_SET_VCPU_EVENTS"))?;
     }
     Ok(true)
 }
@@ -81,13 +77,7 @@ mod tests {
         assert_eq!(find(&[0x9b]), Some(FixUp::Skip(1)));
         assert_eq!(find(&[0x0f, 0x01, 0xca]), Some(FixUp::ClearAc));
         assert_eq!(find(&[0x0f, 0x01, 0xcb, 0x0f]), Some(FixUp::SetAc));
-        for other in [
-            &[][..],
-            &[0x0f],
-            &[0x0f, 0x01],
-            &[0x0f, 0x01, 0xc1],
-            &[0x90, 0xcc],
-        ] {
+        for other in [&[][..], &[0x0f], &[0x0f, 0x01], &[0x0f, 0x01, 0xc1], &[0x90, 0xcc]] {
             assert_eq!(find(other), None);
         }
     }

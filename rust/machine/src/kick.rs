@@ -29,9 +29,7 @@ pub enum KickError {
         max: i32,
     },
     /// Somebody else in this process handles the signal.
-    #[error(
-        "signal {number} already has a handler in this process; hint: choose another real-time signal"
-    )]
+    #[error("signal {number} already has a handler in this process; hint: choose another real-time signal")]
     Taken {
         /// What was asked for.
         number: i32,
@@ -144,11 +142,7 @@ pub(crate) struct Ticker(libc::c_int);
 
 impl Ticker {
     /// First after `first`, then every `interval`.
-    pub(crate) fn start(
-        signal: KickSignal,
-        first: Duration,
-        interval: Duration,
-    ) -> Result<Self, CallError> {
+    pub(crate) fn start(signal: KickSignal, first: Duration, interval: Duration) -> Result<Self, CallError> {
         // SAFETY: plain data, zero is valid.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -156,18 +150,9 @@ impl Ticker {
         event.sigev_notify_thread_id = current_thread();
         let mut timer: libc::c_int = 0;
         // SAFETY: the kernel reads `event` and writes one int, its own timer identifier.
-        let made = unsafe {
-            libc::syscall(
-                libc::SYS_timer_create,
-                libc::CLOCK_MONOTONIC,
-                &event,
-                &mut timer,
-            )
-        };
+        let made = unsafe { libc::syscall(libc::SYS_timer_create, libc::CLOCK_MONOTONIC, &event, &mut timer) };
         if made != 0 {
-            return Err(CallError::of_io("timer_create")(
-                std::io::Error::last_os_error(),
-            ));
+            return Err(CallError::of_io("timer_create")(std::io::Error::last_os_error()));
         }
         let ticker = Self(timer);
         // Zero would disarm the timer.
@@ -177,18 +162,10 @@ impl Ticker {
         };
         // SAFETY: the timer exists, the specification is valid for the call.
         let set = unsafe {
-            libc::syscall(
-                libc::SYS_timer_settime,
-                timer,
-                0,
-                &specification,
-                std::ptr::null_mut::<libc::itimerspec>(),
-            )
+            libc::syscall(libc::SYS_timer_settime, timer, 0, &specification, std::ptr::null_mut::<libc::itimerspec>())
         };
         if set != 0 {
-            return Err(CallError::of_io("timer_settime")(
-                std::io::Error::last_os_error(),
-            ));
+            return Err(CallError::of_io("timer_settime")(std::io::Error::last_os_error()));
         }
         Ok(ticker)
     }
@@ -268,22 +245,12 @@ impl Kicker {
         self.kick();
         let ticket = self.0.requested.load(Ordering::SeqCst);
         let start = Instant::now();
-        let mut guard = self
-            .0
-            .waiting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        while self.0.acknowledged.load(Ordering::SeqCst) < ticket
-            && self.0.thread.load(Ordering::SeqCst) != 0
-        {
+        let mut guard = self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.0.acknowledged.load(Ordering::SeqCst) < ticket && self.0.thread.load(Ordering::SeqCst) != 0 {
             if start.elapsed() >= PATIENCE {
                 return Err(KickError::NoAnswer { vcpu: self.0.vcpu });
             }
-            let waited = self
-                .0
-                .answered
-                .wait_timeout(guard, REPEAT)
-                .unwrap_or_else(PoisonError::into_inner);
+            let waited = self.0.answered.wait_timeout(guard, REPEAT).unwrap_or_else(PoisonError::into_inner);
             guard = waited.0;
             if waited.1.timed_out() {
                 self.signal_thread();
@@ -316,11 +283,7 @@ impl Kicker {
         self.0.page.set_immediate_exit(false);
         let requested = self.0.requested.load(Ordering::SeqCst);
         let before = self.0.acknowledged.swap(requested, Ordering::SeqCst);
-        let _guard = self
-            .0
-            .waiting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         self.0.answered.notify_all();
         requested != before
     }
@@ -333,10 +296,7 @@ mod tests {
     #[test]
     fn install_other_than_real_time_signals_is_refused() {
         for number in [0, libc::SIGINT, libc::SIGRTMAX() + 1] {
-            assert!(matches!(
-                KickSignal::install(number),
-                Err(KickError::NotRealTime { .. })
-            ));
+            assert!(matches!(KickSignal::install(number), Err(KickError::NotRealTime { .. })));
         }
     }
 
@@ -347,30 +307,18 @@ mod tests {
         let foreign = libc::SIGRTMAX() - 2;
         extern "C" fn handler(_: libc::c_int) {}
         // SAFETY: installs a handler that does nothing, for a signal that nobody sends.
-        unsafe {
-            libc::signal(
-                foreign,
-                handler as extern "C" fn(libc::c_int) as libc::sighandler_t,
-            )
-        };
+        unsafe { libc::signal(foreign, handler as extern "C" fn(libc::c_int) as libc::sighandler_t) };
         // Two empty functions may be one after linking, so only the kind of the answer can be checked.
-        assert!(matches!(
-            KickSignal::install(foreign),
-            Err(KickError::Taken { .. }) | Ok(_)
-        ));
+        assert!(matches!(KickSignal::install(foreign), Err(KickError::Taken { .. }) | Ok(_)));
         // SAFETY: as above.
         unsafe { libc::signal(foreign, libc::SIG_IGN) };
-        assert_eq!(
-            KickSignal::install(foreign),
-            Err(KickError::Taken { number: foreign })
-        );
+        assert_eq!(KickSignal::install(foreign), Err(KickError::Taken { number: foreign }));
     }
 
     #[test]
     fn ticker_interrupts_its_own_thread_until_dropped() {
         let signal = KickSignal::install_default().unwrap();
-        let ticker =
-            Ticker::start(signal, Duration::from_millis(1), Duration::from_millis(1)).unwrap();
+        let ticker = Ticker::start(signal, Duration::from_millis(1), Duration::from_millis(1)).unwrap();
         // SAFETY: poll of no descriptors only waits.
         let interrupted = unsafe { libc::poll(std::ptr::null_mut(), 0, 5000) } == -1;
         assert!(interrupted);

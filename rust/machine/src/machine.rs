@@ -95,9 +95,7 @@ impl MachineError {
     /// The kind of end that this error is for a client.
     pub fn reason(&self) -> EndReason {
         match self {
-            Self::Spec(_) | Self::Boot(_) | Self::TooManyDevices { .. } | Self::Bus(_) => {
-                EndReason::Config
-            }
+            Self::Spec(_) | Self::Boot(_) | Self::TooManyDevices { .. } | Self::Bus(_) => EndReason::Config,
             Self::Vm(_) | Self::Call(_) => EndReason::Kvm,
             _ => EndReason::Host,
         }
@@ -177,9 +175,7 @@ impl Machine {
         let ports = legacy_devices(&vm, &console, &reset)?;
         let (mmio, transports) = virtio_devices(&vm, &memory, devices, &windows)?;
 
-        let vcpus = (0..spec.vcpus)
-            .map(|index| vm.create_vcpu(index, signal))
-            .collect::<Result<Vec<_>, _>>()?;
+        let vcpus = (0..spec.vcpus).map(|index| vm.create_vcpu(index, signal)).collect::<Result<Vec<_>, _>>()?;
         for vcpu in &vcpus {
             msr::set_boot(vcpu)?;
         }
@@ -207,15 +203,7 @@ impl Machine {
             profile: Profile::default(),
             profile_interval: spec.profile_us.map(|us| Duration::from_micros(us.into())),
         };
-        Ok(Self {
-            vcpus,
-            threads: Vec::new(),
-            shared: Arc::new(shared),
-            transports,
-            console,
-            memory,
-            _vm: vm,
-        })
+        Ok(Self { vcpus, threads: Vec::new(), shared: Arc::new(shared), transports, console, memory, _vm: vm })
     }
 
     /// Lets the vCPUs run, each on a thread of its own.
@@ -229,11 +217,7 @@ impl Machine {
         if self.vcpus.is_empty() {
             return Err(MachineError::Started);
         }
-        *self
-            .shared
-            .on_end
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(on_end);
+        *self.shared.on_end.lock().unwrap_or_else(PoisonError::into_inner) = Some(on_end);
         let _blocked = SignalsBlocked::new();
         for vcpu in std::mem::take(&mut self.vcpus) {
             let shared = Arc::clone(&self.shared);
@@ -256,31 +240,18 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Kick`] or [`MachineError::Stuck`] if a vCPU does not come back; it is then left alone.
     pub fn stop(&mut self) -> Result<(), MachineError> {
-        drop(
-            self.shared
-                .on_end
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.shared.on_end.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.shared.stop();
         let mut result = Ok(());
         for (vcpu, thread) in std::mem::take(&mut self.threads).into_iter().enumerate() {
-            let kicked = self
-                .shared
-                .kickers
-                .get(vcpu)
-                .map_or(Ok(()), |kicker| kicker.kick_and_wait());
+            let kicked = self.shared.kickers.get(vcpu).map_or(Ok(()), |kicker| kicker.kick_and_wait());
             // The channel carries nothing: the wait ends when the thread drops its end, or runs out.
-            let ended = thread.ended.recv_timeout(PATIENCE)
-                != Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            let ended = thread.ended.recv_timeout(PATIENCE) != Err(std::sync::mpsc::RecvTimeoutError::Timeout);
             if ended {
                 // It has nothing left to do but return; whether it panicked makes no difference here.
                 let _ = thread.handle.join();
             } else {
-                result = result
-                    .and(kicked.map_err(MachineError::from))
-                    .and(Err(MachineError::Stuck { vcpu }));
+                result = result.and(kicked.map_err(MachineError::from)).and(Err(MachineError::Stuck { vcpu }));
             }
         }
         self.vcpus.clear();
@@ -323,33 +294,17 @@ fn windows(count: usize) -> Result<Vec<MmioWindow>, MachineError> {
     if count > DEVICE_LINES.len() {
         return Err(MachineError::TooManyDevices { count });
     }
-    let bases = (0..)
-        .map(|number: u64| DEVICE_BASE.saturating_add(number.saturating_mul(MmioTransport::SIZE)));
+    let bases = (0..).map(|number: u64| DEVICE_BASE.saturating_add(number.saturating_mul(MmioTransport::SIZE)));
     let lines = DEVICE_LINES.iter().take(count);
-    Ok(lines
-        .zip(bases)
-        .map(|(irq, base)| MmioWindow {
-            base,
-            size: MmioTransport::SIZE,
-            irq: *irq,
-        })
-        .collect())
+    Ok(lines.zip(bases).map(|(irq, base)| MmioWindow { base, size: MmioTransport::SIZE, irq: *irq }).collect())
 }
 
 fn legacy_devices(vm: &Vm, console: &Console, reset: &ResetLine) -> Result<Bus, MachineError> {
     let mut ports = Bus::default();
     let keyboard = I8042::new(reset.clone());
-    ports.insert(
-        serial::BASE,
-        serial::SIZE,
-        Arc::new(Serial::new(vm.interrupt(serial::IRQ)?, console.clone())),
-    )?;
+    ports.insert(serial::BASE, serial::SIZE, Arc::new(Serial::new(vm.interrupt(serial::IRQ)?, console.clone())))?;
     ports.insert(i8042::BASE, 1, keyboard.data_port())?;
-    ports.insert(
-        i8042::BASE.saturating_add(i8042::COMMAND_OFFSET),
-        1,
-        keyboard.command_port(),
-    )?;
+    ports.insert(i8042::BASE.saturating_add(i8042::COMMAND_OFFSET), 1, keyboard.command_port())?;
     ports.insert(rtc::BASE, rtc::SIZE, Arc::new(Rtc::default()))?;
     ports.insert(debug_port::PORT, 1, Arc::new(DebugPort(console.clone())))?;
     Ok(ports)
@@ -367,16 +322,11 @@ fn virtio_devices(
     let mut transports = Vec::new();
     for (NewDevice { name, device }, window) in devices.into_iter().zip(windows) {
         let interrupt = vm.interrupt(window.irq)?;
-        let transport =
-            MmioTransport::spawn(&name, device, memory.clone(), interrupt).map_err(host(&name))?;
+        let transport = MmioTransport::spawn(&name, device, memory.clone(), interrupt).map_err(host(&name))?;
         for (queue, event) in (0..).zip(transport.queue_events()) {
             vm.notify_on_write(window.base.saturating_add(QUEUE_NOTIFY), queue, event)?;
         }
-        mmio.insert(
-            window.base,
-            window.size,
-            Arc::new(Window(Arc::clone(&transport))),
-        )?;
+        mmio.insert(window.base, window.size, Arc::new(Window(Arc::clone(&transport))))?;
         transports.push(transport);
     }
     Ok((mmio, transports))
@@ -395,25 +345,14 @@ impl BusDevice for Window {
 }
 
 /// The backend's words, where the devices are, and last what the specification adds.
-fn command_line(
-    backend: &Backend,
-    vcpu: &Vcpu,
-    windows: &[MmioWindow],
-    added: &str,
-) -> Result<String, MachineError> {
+fn command_line(backend: &Backend, vcpu: &Vcpu, windows: &[MmioWindow], added: &str) -> Result<String, MachineError> {
     let mut words = backend.base_command_line().to_owned();
     if backend.tells_tsc_frequency() {
         // Writing to a String cannot fail.
         let _ = write!(words, " tsc_early_khz={}", vcpu.tsc_khz()?);
     }
     for window in windows {
-        let _ = write!(
-            words,
-            " virtio_mmio.device={}K@{:#x}:{}",
-            window.size / 1024,
-            window.base,
-            window.irq
-        );
+        let _ = write!(words, " virtio_mmio.device={}K@{:#x}:{}", window.size / 1024, window.base, window.irq);
     }
     if !added.is_empty() {
         let _ = write!(words, " {added}");
@@ -426,12 +365,7 @@ fn enter_kernel(vcpu: &Vcpu, entry: &boot::Entry) -> Result<(), MachineError> {
     tables::initial_sregs(&mut sregs);
     vcpu.set_sregs(&sregs)?;
     // Bit 1 of the flags is always set; interrupts are off.
-    vcpu.set_regs(&kvm_regs {
-        rip: entry.rip,
-        rsi: entry.rsi,
-        rflags: 2,
-        ..Default::default()
-    })?;
+    vcpu.set_regs(&kvm_regs { rip: entry.rip, rsi: entry.rsi, rflags: 2, ..Default::default() })?;
     Ok(())
 }
 

@@ -1,10 +1,7 @@
 //! Guest RAM: private anonymous memory of the host, handed out to the guest page by page as it is touched.
 
 use std::sync::Arc;
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 /// Where the hole for devices, IOAPIC and local APICs begins. RAM beyond this size continues at 4 GiB.
 pub const HOLE_START: u64 = 0xC000_0000;
@@ -58,21 +55,14 @@ pub fn ram(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
 /// # Errors
 /// [`MemoryError`] if address or size are not multiples of 4096, wrap around, or the host refuses.
 pub fn region(address: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
-    let refuse = |reason| MemoryError::Range {
-        address,
-        size,
-        reason,
-    };
+    let refuse = |reason| MemoryError::Range { address, size, reason };
     if size == 0 || size % 4096 != 0 || address % 4096 != 0 {
-        return Err(refuse(
-            "address and size must be multiples of 4096, size not 0",
-        ));
+        return Err(refuse("address and size must be multiples of 4096, size not 0"));
     }
     if address.checked_add(size).is_none() {
         return Err(refuse("it wraps around the end of the address space"));
     }
-    let length =
-        usize::try_from(size).map_err(|_| refuse("larger than the host's address space"))?;
+    let length = usize::try_from(size).map_err(|_| refuse("larger than the host's address space"))?;
     let refused = |reason: String| MemoryError::Refused { size, reason };
     let mapping = MmapRegion::build(
         None,
@@ -93,11 +83,7 @@ pub fn region(address: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
 /// # Errors
 /// [`MemoryError::Range`] if two of them overlap or there are none.
 pub fn collect(regions: Vec<GuestRegionMmap>) -> Result<GuestMemoryMmap, MemoryError> {
-    let none = MemoryError::Range {
-        address: 0,
-        size: 0,
-        reason: "there are no regions",
-    };
+    let none = MemoryError::Range { address: 0, size: 0, reason: "there are no regions" };
     let together = |memory: Option<_>, region| insert(memory.as_ref(), &region).map(Some);
     regions.into_iter().try_fold(None, together)?.ok_or(none)
 }
@@ -106,15 +92,8 @@ pub fn collect(regions: Vec<GuestRegionMmap>) -> Result<GuestMemoryMmap, MemoryE
 ///
 /// # Errors
 /// [`MemoryError::Range`] if they overlap.
-pub fn insert(
-    memory: Option<&GuestMemoryMmap>,
-    region: &GuestRegionMmap,
-) -> Result<GuestMemoryMmap, MemoryError> {
-    let refuse = |reason| MemoryError::Range {
-        address: region.start_addr().0,
-        size: region.len(),
-        reason,
-    };
+pub fn insert(memory: Option<&GuestMemoryMmap>, region: &GuestRegionMmap) -> Result<GuestMemoryMmap, MemoryError> {
+    let refuse = |reason| MemoryError::Range { address: region.start_addr().0, size: region.len(), reason };
     let shared = GuestRegionMmap::with_arc(region.get_mmap(), region.start_addr())
         .map(Arc::new)
         .ok_or_else(|| refuse("it wraps around the end of the address space"))?;
@@ -127,19 +106,13 @@ pub fn insert(
 
 /// Total size in bytes.
 pub fn size(memory: &GuestMemoryMmap) -> u64 {
-    memory
-        .iter()
-        .fold(0, |sum, region| region.len().saturating_add(sum))
+    memory.iter().fold(0, |sum, region| region.len().saturating_add(sum))
 }
 
 fn advise(mapping: &MmapRegion, advice: libc::c_int) -> std::io::Result<()> {
     // SAFETY: the range is exactly the mapping that was just made, and the advice changes no contents.
     let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
@@ -148,48 +121,29 @@ mod tests {
     use vm_memory::Bytes;
 
     fn layout(size: u64) -> Vec<(u64, u64)> {
-        ram(size)
-            .unwrap()
-            .iter()
-            .map(|region| (region.start_addr().0, region.len()))
-            .collect()
+        ram(size).unwrap().iter().map(|region| (region.start_addr().0, region.len())).collect()
     }
 
     #[test]
     fn ram_over_three_gib_leaves_the_hole() {
         assert_eq!(layout(64 << 20), [(0, 64 << 20)]);
         assert_eq!(layout(HOLE_START), [(0, HOLE_START)]);
-        assert_eq!(
-            layout(HOLE_START + 4096),
-            [(0, HOLE_START), (HOLE_END, 4096)]
-        );
+        assert_eq!(layout(HOLE_START + 4096), [(0, HOLE_START), (HOLE_END, 4096)]);
         assert_eq!(size(&ram(8 << 30).unwrap()), 8 << 30);
     }
 
     #[test]
     fn ram_is_zero_and_writable_to_its_last_byte() {
         let memory = ram(1 << 20).unwrap();
-        assert_eq!(
-            memory.read_obj::<u64>(GuestAddress((1 << 20) - 8)).unwrap(),
-            0
-        );
+        assert_eq!(memory.read_obj::<u64>(GuestAddress((1 << 20) - 8)).unwrap(), 0);
         memory.write_obj(7u8, GuestAddress((1 << 20) - 1)).unwrap();
         assert!(memory.write_obj(7u8, GuestAddress(1 << 20)).is_err());
     }
 
     #[test]
     fn region_with_bad_range_is_refused() {
-        for (address, size) in [
-            (0, 0),
-            (0, 1),
-            (1, 4096),
-            (0, 4097),
-            (u64::MAX - 4095, 4096),
-        ] {
-            assert!(
-                matches!(region(address, size), Err(MemoryError::Range { .. })),
-                "{address:#x} {size}"
-            );
+        for (address, size) in [(0, 0), (0, 1), (1, 4096), (0, 4097), (u64::MAX - 4095, 4096)] {
+            assert!(matches!(region(address, size), Err(MemoryError::Range { .. })), "{address:#x} {size}");
         }
         let twice = vec![region(0, 8192).unwrap(), region(4096, 4096).unwrap()];
         assert!(matches!(collect(twice), Err(MemoryError::Range { .. })));

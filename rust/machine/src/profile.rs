@@ -22,10 +22,7 @@ impl Profile {
     /// (address, count), most frequent first.
     pub fn samples(&self) -> Vec<(u64, u32)> {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut samples: Vec<_> = samples
-            .iter()
-            .map(|(address, count)| (*address, *count))
-            .collect();
+        let mut samples: Vec<_> = samples.iter().map(|(address, count)| (*address, *count)).collect();
         samples.sort_unstable_by_key(|(address, count)| (std::cmp::Reverse(*count), *address));
         samples
     }

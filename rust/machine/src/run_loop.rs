@@ -42,11 +42,7 @@ impl Shared {
     }
 
     fn end(&self, end: MachineEnd) {
-        let on_end = self
-            .on_end
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let on_end = self.on_end.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.stop();
         if let Some(on_end) = on_end {
             on_end(end);
@@ -58,11 +54,7 @@ impl Shared {
 pub(crate) fn run(mut vcpu: Vcpu, shared: &Shared) {
     let signal = vcpu.kicker().signal();
     signal.block_all_others();
-    let sampled = if vcpu.index() == 0 {
-        shared.profile_interval
-    } else {
-        None
-    };
+    let sampled = if vcpu.index() == 0 { shared.profile_interval } else { None };
     let interval = sampled.unwrap_or(WATCH);
     // A tick that is lost does no harm: the next one comes.
     let _ticker = match Ticker::start(signal, interval, interval) {
@@ -86,9 +78,7 @@ fn serve(vcpu: &mut Vcpu, shared: &Shared, sampled: bool) -> Result<Option<Machi
                 shared.ports.write(port.into(), value);
             }
             if shared.reset.is_pulled() {
-                return Ok(Some(MachineEnd::reset(
-                    "the guest reset the machine through its keyboard controller",
-                )));
+                return Ok(Some(MachineEnd::reset("the guest reset the machine through its keyboard controller")));
             }
         }
         Exit::IoIn { port, size, count } => {
@@ -111,27 +101,17 @@ fn serve(vcpu: &mut Vcpu, shared: &Shared, sampled: bool) -> Result<Option<Machi
         Exit::Shutdown => return Ok(Some(MachineEnd::triple_fault(vcpu))),
         Exit::InternalError(error) => return Ok(Some(MachineEnd::fault(&error.to_string(), vcpu))),
         Exit::FailEntry { reason, cpu } => {
-            let what = format!(
-                "the processor refused to enter the guest: reason {reason:#x} on host CPU {cpu}"
-            );
+            let what = format!("the processor refused to enter the guest: reason {reason:#x} on host CPU {cpu}");
             return Ok(Some(MachineEnd::fault(&what, vcpu)));
         }
         Exit::Halt => {
-            return Ok(Some(MachineEnd::fault(
-                "the guest halted, and nothing can wake it",
-                vcpu,
-            )));
+            return Ok(Some(MachineEnd::fault("the guest halted, and nothing can wake it", vcpu)));
         }
         Exit::SystemEvent { kind } => {
-            return Ok(Some(MachineEnd::reset(&format!(
-                "the guest ended the machine: system event {kind}"
-            ))));
+            return Ok(Some(MachineEnd::reset(&format!("the guest ended the machine: system event {kind}"))));
         }
         other @ (Exit::Debug { .. } | Exit::MemoryFault { .. } | Exit::Unexpected { .. }) => {
-            return Ok(Some(MachineEnd::fault(
-                &format!("unexpected exit of the vCPU: {other:?}"),
-                vcpu,
-            )));
+            return Ok(Some(MachineEnd::fault(&format!("unexpected exit of the vCPU: {other:?}"), vcpu)));
         }
     }
     Ok(None)
@@ -148,12 +128,7 @@ fn look(vcpu: &Vcpu, shared: &Shared, sampled: bool) -> Option<MachineEnd> {
         }
     }
     let all = shared.sleepers.look(vcpu.index(), vcpu.sleeps_for_good());
-    all.then(|| {
-        MachineEnd::fault(
-            "the guest halted with interrupts off, and nothing can wake it",
-            vcpu,
-        )
-    })
+    all.then(|| MachineEnd::fault("the guest halted with interrupts off, and nothing can wake it", vcpu))
 }
 
 /// Which vCPUs sleep in a way that only another vCPU can end. If all do, the machine is at its end.
@@ -172,14 +147,9 @@ impl Sleepers {
     fn look(&self, vcpu: u8, asleep: bool) -> bool {
         if let Some(looks) = self.0.get(usize::from(vcpu)) {
             let before = looks.load(Ordering::Relaxed);
-            looks.store(
-                if asleep { before.saturating_add(1) } else { 0 },
-                Ordering::Relaxed,
-            );
+            looks.store(if asleep { before.saturating_add(1) } else { 0 }, Ordering::Relaxed);
         }
-        self.0
-            .iter()
-            .all(|looks| looks.load(Ordering::Relaxed) >= Self::LOOKS)
+        self.0.iter().all(|looks| looks.load(Ordering::Relaxed) >= Self::LOOKS)
     }
 }
 

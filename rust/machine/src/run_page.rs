@@ -28,23 +28,16 @@ unsafe impl Sync for RunPage {}
 impl RunPage {
     /// Maps `kvm_run` of `vcpu`; `size` is KVM_GET_VCPU_MMAP_SIZE.
     pub(crate) fn map(vcpu: &impl AsRawFd, size: usize) -> Result<Self, CallError> {
-        let refused = |errno| CallError {
-            call: "mmap of kvm_run",
-            errno: vmm_sys_util::errno::Error::new(errno),
-        };
+        let refused = |errno| CallError { call: "mmap of kvm_run", errno: vmm_sys_util::errno::Error::new(errno) };
         if size < size_of::<kvm_run>() {
             return Err(refused(libc::EINVAL));
         }
         // SAFETY: the descriptor is open for as long as `vcpu` is borrowed.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-        let flags = (
-            rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
-            rustix::mm::MapFlags::SHARED,
-        );
+        let flags = (rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE, rustix::mm::MapFlags::SHARED);
         // SAFETY: a new mapping at an address that the kernel chooses touches no existing memory.
-        let address =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, flags.0, flags.1, fd, 0) }
-                .map_err(|error| refused(error.raw_os_error()))?;
+        let address = unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, flags.0, flags.1, fd, 0) }
+            .map_err(|error| refused(error.raw_os_error()))?;
         match NonNull::new(address.cast()) {
             Some(address) => Ok(Self { address, size }),
             None => Err(refused(libc::ENOMEM)),
@@ -54,26 +47,14 @@ impl RunPage {
     /// While set, KVM_RUN returns EINTR before it enters the guest.
     pub(crate) fn set_immediate_exit(&self, value: bool) {
         // SAFETY: the field lies in the mapping, which lives as long as `self`; the kernel reads it as one byte.
-        let flag = unsafe {
-            AtomicU8::from_ptr(
-                self.address
-                    .as_ptr()
-                    .add(offset_of!(kvm_run, immediate_exit)),
-            )
-        };
+        let flag = unsafe { AtomicU8::from_ptr(self.address.as_ptr().add(offset_of!(kvm_run, immediate_exit))) };
         flag.store(value.into(), Ordering::SeqCst);
     }
 
     /// Description of the last KVM_EXIT_IO.
     pub(crate) fn io(&self) -> kvm_io {
         // SAFETY: inside the mapping (checked in `map`); plain integers, for which every bit pattern is valid.
-        unsafe {
-            self.address
-                .as_ptr()
-                .add(UNION)
-                .cast::<kvm_io>()
-                .read_volatile()
-        }
+        unsafe { self.address.as_ptr().add(UNION).cast::<kvm_io>().read_volatile() }
     }
 
     /// Answers the last read of a port.
@@ -91,28 +72,15 @@ impl RunPage {
     /// Whether the guest takes interrupts, as of the last exit.
     pub(crate) fn interrupts_enabled(&self) -> bool {
         // SAFETY: inside the mapping (checked in `map`).
-        unsafe {
-            self.address
-                .as_ptr()
-                .add(offset_of!(kvm_run, if_flag))
-                .read_volatile()
-                != 0
-        }
+        unsafe { self.address.as_ptr().add(offset_of!(kvm_run, if_flag)).read_volatile() != 0 }
     }
 
     fn write(&self, offset: usize, data: &[u8]) {
-        if offset
-            .checked_add(data.len())
-            .is_some_and(|end| end <= self.size)
-        {
+        if offset.checked_add(data.len()).is_some_and(|end| end <= self.size) {
             // SAFETY: the destination lies in the mapping, checked on the line above; the vCPU is not running,
             // because its only user is the thread that calls this.
             unsafe {
-                std::ptr::copy_nonoverlapping(
-                    data.as_ptr(),
-                    self.address.as_ptr().add(offset),
-                    data.len(),
-                );
+                std::ptr::copy_nonoverlapping(data.as_ptr(), self.address.as_ptr().add(offset), data.len());
             }
         }
     }

@@ -6,10 +6,7 @@ use crate::fixups;
 use crate::kick::{KickError, KickSignal, Kicker, Ticker};
 use crate::run_page::RunPage;
 use crate::vm::VmInner;
-use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_regs,
-    kvm_sregs,
-};
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,14 +65,7 @@ impl Vcpu {
     ) -> Result<Self, CallError> {
         let page = RunPage::map(&fd, run_size)?;
         let kicker = Kicker::new(index, signal, page);
-        Ok(Self {
-            fd,
-            index,
-            fix_ups,
-            kicker,
-            pending: None,
-            vm,
-        })
+        Ok(Self { fd, index, fix_ups, kicker, pending: None, vm })
     }
 
     /// Number of this vCPU, which is also its local APIC's.
@@ -117,18 +107,10 @@ impl Vcpu {
                 Err(error) if error.errno() == libc::EAGAIN => continue,
                 Err(error) if error.errno() == libc::EINTR => {
                     let over = limit.is_some_and(|(start, timeout)| start.elapsed() >= timeout);
-                    return Ok(if over && !kicked {
-                        Exit::Timeout
-                    } else {
-                        Exit::Interrupted
-                    });
+                    return Ok(if over && !kicked { Exit::Timeout } else { Exit::Interrupted });
                 }
                 Err(errno) => {
-                    return Err(CallError {
-                        call: "KVM_RUN",
-                        errno,
-                    }
-                    .into());
+                    return Err(CallError { call: "KVM_RUN", errno }.into());
                 }
             };
             let Exit::InternalError(_) = exit else {
@@ -159,10 +141,7 @@ impl Vcpu {
             None => 0,
         };
         if expected != data.len() || expected == 0 {
-            return Err(VcpuError::Answer {
-                expected,
-                found: data.len(),
-            });
+            return Err(VcpuError::Answer { expected, found: data.len() });
         }
         match self.pending.take() {
             Some(Pending::Io(_)) => self.kicker.page().answer_io(data),
@@ -185,9 +164,7 @@ impl Vcpu {
     /// # Errors
     /// [`CallError`] if KVM refuses.
     pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), CallError> {
-        self.fd
-            .set_regs(regs)
-            .map_err(CallError::of("KVM_SET_REGS"))
+        self.fd.set_regs(regs).map_err(CallError::of("KVM_SET_REGS"))
     }
 
     /// Segments, tables and control registers.
@@ -203,9 +180,7 @@ impl Vcpu {
     /// # Errors
     /// [`CallError`] if KVM finds them inconsistent.
     pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), CallError> {
-        self.fd
-            .set_sregs(sregs)
-            .map_err(CallError::of("KVM_SET_SREGS"))
+        self.fd.set_sregs(sregs).map_err(CallError::of("KVM_SET_SREGS"))
     }
 
     /// Guest physical address of a virtual one, as the vCPU's page tables are now; `None` if it is not mapped.
@@ -213,10 +188,7 @@ impl Vcpu {
     /// # Errors
     /// [`CallError`] if KVM refuses.
     pub fn translate(&self, address: u64) -> Result<Option<u64>, CallError> {
-        let translation = self
-            .fd
-            .translate_gva(address)
-            .map_err(CallError::of("KVM_TRANSLATE"))?;
+        let translation = self.fd.translate_gva(address).map_err(CallError::of("KVM_TRANSLATE"))?;
         Ok((translation.valid != 0).then_some(translation.physical_address))
     }
 
@@ -235,9 +207,7 @@ impl Vcpu {
     /// # Errors
     /// [`CallError`] if the host's counter is not stable.
     pub fn tsc_khz(&self) -> Result<u32, CallError> {
-        self.fd
-            .get_tsc_khz()
-            .map_err(CallError::of("KVM_GET_TSC_KHZ"))
+        self.fd.get_tsc_khz().map_err(CallError::of("KVM_GET_TSC_KHZ"))
     }
 
     /// Whether only another vCPU can wake this one, as of the last exit: it sleeps in HLT with interrupts off, or was
@@ -245,10 +215,7 @@ impl Vcpu {
     pub(crate) fn sleeps_for_good(&self) -> bool {
         !self.kicker.page().interrupts_enabled()
             && self.fd.get_mp_state().is_ok_and(|state| {
-                matches!(
-                    state.mp_state,
-                    KVM_MP_STATE_HALTED | KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED
-                )
+                matches!(state.mp_state, KVM_MP_STATE_HALTED | KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED)
             })
     }
 
@@ -261,10 +228,7 @@ impl Vcpu {
         // integers.
         let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
         let count = usize::try_from(internal.ndata).unwrap_or(usize::MAX);
-        InternalError {
-            suberror: internal.suberror,
-            data: internal.data.iter().copied().take(count).collect(),
-        }
+        InternalError { suberror: internal.suberror, data: internal.data.iter().copied().take(count).collect() }
     }
 }
 
@@ -275,49 +239,23 @@ fn owned(exit: VcpuExit<'_>, kicker: &Kicker, pending: &mut Option<Pending>) -> 
             data.fill(0xff);
             *pending = Some(Pending::Io(data.len()));
             let io = kicker.page().io();
-            Exit::IoIn {
-                port,
-                size: io.size,
-                count: io.count,
-            }
+            Exit::IoIn { port, size: io.size, count: io.count }
         }
-        VcpuExit::IoOut(port, data) => Exit::IoOut {
-            port,
-            size: kicker.page().io().size,
-            data: data.to_vec(),
-        },
+        VcpuExit::IoOut(port, data) => Exit::IoOut { port, size: kicker.page().io().size, data: data.to_vec() },
         VcpuExit::MmioRead(address, data) => {
             data.fill(0xff);
             *pending = Some(Pending::Mmio(data.len()));
-            Exit::MmioRead {
-                address,
-                size: u8::try_from(data.len()).unwrap_or(u8::MAX),
-            }
+            Exit::MmioRead { address, size: u8::try_from(data.len()).unwrap_or(u8::MAX) }
         }
-        VcpuExit::MmioWrite(address, data) => Exit::MmioWrite {
-            address,
-            data: data.to_vec(),
-        },
+        VcpuExit::MmioWrite(address, data) => Exit::MmioWrite { address, data: data.to_vec() },
         VcpuExit::Hlt => Exit::Halt,
         VcpuExit::Shutdown => Exit::Shutdown,
         VcpuExit::SystemEvent(kind, _) => Exit::SystemEvent { kind },
-        VcpuExit::Debug(debug) => Exit::Debug {
-            address: debug.pc,
-            exception: debug.exception,
-        },
-        VcpuExit::InternalError => Exit::InternalError(InternalError {
-            suberror: 0,
-            data: Vec::new(),
-        }),
+        VcpuExit::Debug(debug) => Exit::Debug { address: debug.pc, exception: debug.exception },
+        VcpuExit::InternalError => Exit::InternalError(InternalError { suberror: 0, data: Vec::new() }),
         VcpuExit::FailEntry(reason, cpu) => Exit::FailEntry { reason, cpu },
-        VcpuExit::MemoryFault { flags, gpa, size } => Exit::MemoryFault {
-            flags,
-            address: gpa,
-            size,
-        },
+        VcpuExit::MemoryFault { flags, gpa, size } => Exit::MemoryFault { flags, address: gpa, size },
         VcpuExit::Intr => Exit::Interrupted,
-        other => Exit::Unexpected {
-            what: format!("{other:?}"),
-        },
+        other => Exit::Unexpected { what: format!("{other:?}") },
     }
 }

@@ -50,10 +50,7 @@ pub(crate) struct VmInner {
 
 impl VmInner {
     pub(crate) fn memory(&self) -> Option<GuestMemoryMmap> {
-        self.memory
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -70,13 +67,9 @@ impl Vm {
                 other => break other.map_err(CallError::of("KVM_CREATE_VM"))?,
             }
         };
-        fd.set_tss_address(TSS_ADDRESS)
-            .map_err(CallError::of("KVM_SET_TSS_ADDR"))?;
+        fd.set_tss_address(TSS_ADDRESS).map_err(CallError::of("KVM_SET_TSS_ADDR"))?;
         Ok(Self {
-            inner: Arc::new(VmInner {
-                fd,
-                memory: Mutex::new(None),
-            }),
+            inner: Arc::new(VmInner { fd, memory: Mutex::new(None) }),
             cpuid: backend.cpuid()?,
             vcpus,
             fix_ups: backend.needs_fix_ups(),
@@ -90,11 +83,7 @@ impl Vm {
     /// # Errors
     /// [`VmError`] if a region overlaps another or KVM refuses it.
     pub fn add_memory(&self, added: &GuestMemoryMmap) -> Result<(), VmError> {
-        let mut guard = self
-            .inner
-            .memory
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.inner.memory.lock().unwrap_or_else(PoisonError::into_inner);
         for region in added.iter() {
             let present = guard.as_ref().map_or(0, GuestMemoryBackend::num_regions);
             let memory = memory::insert(guard.as_ref(), region)?;
@@ -123,18 +112,9 @@ impl Vm {
     /// # Errors
     /// [`VmError::Call`] if KVM refuses.
     pub fn create_interrupt_controllers(&self) -> Result<(), VmError> {
-        self.inner
-            .fd
-            .create_irq_chip()
-            .map_err(CallError::of("KVM_CREATE_IRQCHIP"))?;
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        self.inner
-            .fd
-            .create_pit2(pit)
-            .map_err(CallError::of("KVM_CREATE_PIT2"))?;
+        self.inner.fd.create_irq_chip().map_err(CallError::of("KVM_CREATE_IRQCHIP"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        self.inner.fd.create_pit2(pit).map_err(CallError::of("KVM_CREATE_PIT2"))?;
         Ok(())
     }
 
@@ -143,12 +123,8 @@ impl Vm {
     /// # Errors
     /// [`VmError::Call`] if the host has no more descriptors or KVM refuses.
     pub fn interrupt(&self, line: u32) -> Result<EventFd, VmError> {
-        let event =
-            EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(CallError::of_io("eventfd"))?;
-        self.inner
-            .fd
-            .register_irqfd(&event, line)
-            .map_err(CallError::of("KVM_IRQFD"))?;
+        let event = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(CallError::of_io("eventfd"))?;
+        self.inner.fd.register_irqfd(&event, line).map_err(CallError::of("KVM_IRQFD"))?;
         Ok(event)
     }
 
@@ -156,12 +132,7 @@ impl Vm {
     ///
     /// # Errors
     /// [`VmError::Call`] if KVM refuses.
-    pub fn notify_on_write(
-        &self,
-        address: u64,
-        value: u32,
-        event: &EventFd,
-    ) -> Result<(), VmError> {
+    pub fn notify_on_write(&self, address: u64, value: u32, event: &EventFd) -> Result<(), VmError> {
         self.inner
             .fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
@@ -175,27 +146,11 @@ impl Vm {
     /// [`VmError::NoSuchVcpu`], or [`VmError::Call`] if KVM refuses.
     pub fn create_vcpu(&self, index: u8, signal: KickSignal) -> Result<Vcpu, VmError> {
         if index >= self.vcpus {
-            return Err(VmError::NoSuchVcpu {
-                index,
-                count: self.vcpus,
-            });
+            return Err(VmError::NoSuchVcpu { index, count: self.vcpus });
         }
-        let fd = self
-            .inner
-            .fd
-            .create_vcpu(index.into())
-            .map_err(CallError::of("KVM_CREATE_VCPU"))?;
-        let cpuid = cpuid::for_vcpu(&self.cpuid, index, self.vcpus)
-            .map_err(CallError::of("KVM_SET_CPUID2"))?;
-        fd.set_cpuid2(&cpuid)
-            .map_err(CallError::of("KVM_SET_CPUID2"))?;
-        Ok(Vcpu::new(
-            fd,
-            index,
-            self.fix_ups,
-            self.inner.fd.run_size(),
-            signal,
-            Arc::clone(&self.inner),
-        )?)
+        let fd = self.inner.fd.create_vcpu(index.into()).map_err(CallError::of("KVM_CREATE_VCPU"))?;
+        let cpuid = cpuid::for_vcpu(&self.cpuid, index, self.vcpus).map_err(CallError::of("KVM_SET_CPUID2"))?;
+        fd.set_cpuid2(&cpuid).map_err(CallError::of("KVM_SET_CPUID2"))?;
+        Ok(Vcpu::new(fd, index, self.fix_ups, self.inner.fd.run_size(), signal, Arc::clone(&self.inner))?)
     }
 }

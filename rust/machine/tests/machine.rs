@@ -22,20 +22,13 @@ const FOREVER: [u8; 2] = [0xeb, 0xfe];
 
 /// mov al, byte; out 0xe9, al
 fn print(text: &[u8]) -> Vec<u8> {
-    text.iter()
-        .flat_map(|byte| [0xb0, *byte, 0xe6, 0xe9])
-        .collect()
+    text.iter().flat_map(|byte| [0xb0, *byte, 0xe6, 0xe9]).collect()
 }
 
 #[test]
 fn reset_through_the_keyboard_controller_is_a_reset() {
     let Some(backend) = backend() else { return };
-    let (machine, ended) = start(
-        &backend,
-        &spec(),
-        &[&print(b"bye")[..], &RESET, &FOREVER].concat(),
-        None,
-    );
+    let (machine, ended) = start(&backend, &spec(), &[&print(b"bye")[..], &RESET, &FOREVER].concat(), None);
     assert_eq!(ended.recv_timeout(LIMIT).unwrap().reason, EndReason::Reset);
     assert_eq!(machine.console_tail(), b"bye");
 }
@@ -44,27 +37,14 @@ fn reset_through_the_keyboard_controller_is_a_reset() {
 fn triple_fault_is_a_guest_fault_with_registers_and_code() {
     let Some(backend) = backend() else { return };
     // mov ebx, 0x1234abcd; ud2
-    let (_machine, ended) = start(
-        &backend,
-        &spec(),
-        &[0xbb, 0xcd, 0xab, 0x34, 0x12, 0x0f, 0x0b],
-        None,
-    );
+    let (_machine, ended) = start(&backend, &spec(), &[0xbb, 0xcd, 0xab, 0x34, 0x12, 0x0f, 0x0b], None);
     let end = ended.recv_timeout(LIMIT).unwrap();
     assert_eq!(end.reason, EndReason::GuestFault);
     assert!(end.message.contains("triple fault"), "{}", end.message);
-    let where_it_was = [
-        "rbx 000000001234abcd",
-        "rip 0000000000100005",
-        "code at rip: 0f 0b",
-    ];
+    let where_it_was = ["rbx 000000001234abcd", "rip 0000000000100005", "code at rip: 0f 0b"];
     // SVM does not tell.
     let unknown = end.message.contains("does not say where");
-    assert!(
-        unknown || where_it_was.iter().all(|part| end.message.contains(part)),
-        "{}",
-        end.message
-    );
+    assert!(unknown || where_it_was.iter().all(|part| end.message.contains(part)), "{}", end.message);
 }
 
 #[test]
@@ -102,9 +82,9 @@ fn access_to_nothing_reads_all_ones() {
     let code = [
         &[0x66, 0xba, 0x00, 0x50, 0xec, 0xe6, 0xe9][..], // mov dx, 0x5000; in al, dx; out 0xe9, al
         &[0x66, 0xed, 0x88, 0xe0, 0xe6, 0xe9],           // in ax, dx; mov al, ah; out 0xe9, al
-        &[0xe5, 0x60, 0xe6, 0xe9], // in eax, 0x60 (wider than the device); out 0xe9, al
-        &[0xbb, 0x00, 0x00, 0x00, 0xe0], // mov ebx, 0xe0000000
-        &[0x88, 0x03, 0x8a, 0x43, 0x07, 0xe6, 0xe9], // mov [rbx], al; mov al, [rbx + 7]; out 0xe9, al
+        &[0xe5, 0x60, 0xe6, 0xe9],                       // in eax, 0x60 (wider than the device); out 0xe9, al
+        &[0xbb, 0x00, 0x00, 0x00, 0xe0],                 // mov ebx, 0xe0000000
+        &[0x88, 0x03, 0x8a, 0x43, 0x07, 0xe6, 0xe9],     // mov [rbx], al; mov al, [rbx + 7]; out 0xe9, al
         &[0x48, 0x8b, 0x03, 0x48, 0xc1, 0xe8, 0x38, 0xe6, 0xe9], // mov rax, [rbx]; shr rax, 56; out 0xe9, al
         &RESET,
     ];
@@ -132,15 +112,13 @@ fn breakpoint_arrives_at_the_guests_handler() {
     let main = [
         &[0x0f, 0x01, 0x1c, 0x25, 0x00, 0x11, 0x10, 0x00][..], // lidt [0x101100]
         &[0xbc, 0x00, 0x00, 0x30, 0x00],                       // mov esp, 0x300000
-        &[0xcc, 0x0f, 0x0b], // int3; ud2 (the handler does not return)
+        &[0xcc, 0x0f, 0x0b],                                   // int3; ud2 (the handler does not return)
     ]
     .concat();
     let handler = [&[0x58][..], &[0xe6, 0xe9], &RESET, &FOREVER].concat(); // pop rax; out 0xe9, al: low byte of RIP
     code[..main.len()].copy_from_slice(&main);
     code[0x80..0x80 + handler.len()].copy_from_slice(&handler);
-    code[0x1030..0x1040].copy_from_slice(&[
-        0x80, 0x00, 0x10, 0x00, 0, 0x8e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    ]);
+    code[0x1030..0x1040].copy_from_slice(&[0x80, 0x00, 0x10, 0x00, 0, 0x8e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     code[0x1100..0x110a].copy_from_slice(&[0x3f, 0x00, 0x00, 0x10, 0x10, 0, 0, 0, 0, 0]);
     let (machine, ended) = start(&backend, &spec(), &code, None);
     let end = ended.recv_timeout(LIMIT).unwrap();
@@ -153,19 +131,9 @@ fn serial_flood_with_a_reader_that_never_reads_ends_in_time_and_keeps_the_tail()
     let Some(backend) = backend() else { return };
     let (_reader, writer) = UnixStream::pair().unwrap();
     // mov dx, 0x3f8; mov ecx, 17000; again: mov al, cl; out dx, al; loop again
-    let flood = [
-        0x66, 0xba, 0xf8, 0x03, 0xb9, 0x68, 0x42, 0x00, 0x00, 0x88, 0xc8, 0xee, 0xe2, 0xfb,
-    ];
-    let with_console = MachineSpec {
-        console: true,
-        ..spec()
-    };
-    let (machine, ended) = start(
-        &backend,
-        &with_console,
-        &[&flood[..], &RESET].concat(),
-        Some(writer.into()),
-    );
+    let flood = [0x66, 0xba, 0xf8, 0x03, 0xb9, 0x68, 0x42, 0x00, 0x00, 0x88, 0xc8, 0xee, 0xe2, 0xfb];
+    let with_console = MachineSpec { console: true, ..spec() };
+    let (machine, ended) = start(&backend, &with_console, &[&flood[..], &RESET].concat(), Some(writer.into()));
     assert_eq!(ended.recv_timeout(LIMIT).unwrap().reason, EndReason::Reset);
     let tail = machine.console_tail();
     assert_eq!(tail.len(), CONSOLE_TAIL);
@@ -175,10 +143,7 @@ fn serial_flood_with_a_reader_that_never_reads_ends_in_time_and_keeps_the_tail()
 #[test]
 fn profile_of_an_endless_loop_is_its_address() {
     let Some(backend) = backend() else { return };
-    let sampled = MachineSpec {
-        profile_us: Some(1000),
-        ..spec()
-    };
+    let sampled = MachineSpec { profile_us: Some(1000), ..spec() };
     let (mut machine, _ended) = start(&backend, &sampled, &FOREVER, None);
     let begin = Instant::now();
     while machine.profile().is_empty() && begin.elapsed() < LIMIT {
@@ -192,33 +157,17 @@ fn profile_of_an_endless_loop_is_its_address() {
 fn assemble_refuses_what_the_specification_cannot_mean() {
     let Some(backend) = backend() else { return };
     let refusal = |spec: &MachineSpec| {
-        let files = Files {
-            kernel: kernel(&FOREVER),
-            initrd: None,
-            console: None,
-        };
-        let error = Machine::assemble(&backend, spec, Vec::new(), Origin::Boot(files))
-            .err()
-            .unwrap();
+        let files = Files { kernel: kernel(&FOREVER), initrd: None, console: None };
+        let error = Machine::assemble(&backend, spec, Vec::new(), Origin::Boot(files)).err().unwrap();
         (error.reason(), error.to_string())
     };
-    let (reason, message) = refusal(&MachineSpec {
-        memory: 4096,
-        ..spec()
-    });
+    let (reason, message) = refusal(&MachineSpec { memory: 4096, ..spec() });
     assert_eq!(reason, EndReason::Config);
     assert!(message.starts_with("memory"), "{message}");
-    let (reason, message) = refusal(&MachineSpec {
-        vcpus: 33,
-        ..spec()
-    });
+    let (reason, message) = refusal(&MachineSpec { vcpus: 33, ..spec() });
     assert_eq!(reason, EndReason::Config);
     assert!(message.starts_with("cpus"), "{message}");
     if backend.kind() == Kind::Software {
-        assert!(
-            refusal(&MachineSpec { vcpus: 2, ..spec() })
-                .1
-                .contains("software KVM")
-        );
+        assert!(refusal(&MachineSpec { vcpus: 2, ..spec() }).1.contains("software KVM"));
     }
 }

@@ -27,45 +27,15 @@ fn run_port_accesses_come_out_and_answers_go_in() {
             0xf4, // hlt
         ],
     );
-    let out = |port, data: &[u8]| Exit::IoOut {
-        port,
-        size: data.len() as u8,
-        data: data.to_vec(),
-    };
+    let out = |port, data: &[u8]| Exit::IoOut { port, size: data.len() as u8, data: data.to_vec() };
 
     assert_eq!(vcpu.run(None).unwrap(), out(0x10, b"A"));
-    assert_eq!(
-        vcpu.answer(&[1]),
-        Err(VcpuError::Answer {
-            expected: 0,
-            found: 1
-        })
-    );
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::IoIn {
-            port: 0x11,
-            size: 1,
-            count: 1
-        }
-    );
-    assert_eq!(
-        vcpu.answer(&[1, 2]),
-        Err(VcpuError::Answer {
-            expected: 1,
-            found: 2
-        })
-    );
+    assert_eq!(vcpu.answer(&[1]), Err(VcpuError::Answer { expected: 0, found: 1 }));
+    assert_eq!(vcpu.run(None).unwrap(), Exit::IoIn { port: 0x11, size: 1, count: 1 });
+    assert_eq!(vcpu.answer(&[1, 2]), Err(VcpuError::Answer { expected: 1, found: 2 }));
     vcpu.answer(&[0x5a]).unwrap();
     assert_eq!(vcpu.run(None).unwrap(), out(0x12, &[0x5a]));
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::IoIn {
-            port: 0x13,
-            size: 2,
-            count: 1
-        }
-    );
+    assert_eq!(vcpu.run(None).unwrap(), Exit::IoIn { port: 0x13, size: 2, count: 1 });
     // Not answered: all ones.
     assert_eq!(vcpu.run(None).unwrap(), out(0x14, &[0xff, 0xff]));
     assert_eq!(vcpu.run(None).unwrap(), Exit::Halt);
@@ -84,12 +54,7 @@ fn run_string_output_brings_all_values_in_order() {
     code.extend(b"hello");
     let mut vcpu = real_mode(&backend, &code);
     let mut all = Vec::new();
-    while let Exit::IoOut {
-        port: 0x20,
-        size: 1,
-        data,
-    } = vcpu.run(None).unwrap()
-    {
+    while let Exit::IoOut { port: 0x20, size: 1, data } = vcpu.run(None).unwrap() {
         all.extend(data);
     }
     assert_eq!(all, b"hello");
@@ -107,45 +72,13 @@ fn run_memory_accesses_outside_ram_come_out_and_answers_go_in() {
             0xa0, 0x0a, 0x00, 0xe6, 0x31, // mov al, [10]; out 0x31, al
         ],
     );
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::MmioWrite {
-            address: 0x9_0004,
-            data: vec![0x7e]
-        }
-    );
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::MmioRead {
-            address: 0x9_0008,
-            size: 2
-        }
-    );
+    assert_eq!(vcpu.run(None).unwrap(), Exit::MmioWrite { address: 0x9_0004, data: vec![0x7e] });
+    assert_eq!(vcpu.run(None).unwrap(), Exit::MmioRead { address: 0x9_0008, size: 2 });
     vcpu.answer(&[0x34, 0x12]).unwrap();
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::IoOut {
-            port: 0x30,
-            size: 2,
-            data: vec![0x34, 0x12]
-        }
-    );
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::MmioRead {
-            address: 0x9_000a,
-            size: 1
-        }
-    );
+    assert_eq!(vcpu.run(None).unwrap(), Exit::IoOut { port: 0x30, size: 2, data: vec![0x34, 0x12] });
+    assert_eq!(vcpu.run(None).unwrap(), Exit::MmioRead { address: 0x9_000a, size: 1 });
     // Not answered: all ones.
-    assert_eq!(
-        vcpu.run(None).unwrap(),
-        Exit::IoOut {
-            port: 0x31,
-            size: 1,
-            data: vec![0xff]
-        }
-    );
+    assert_eq!(vcpu.run(None).unwrap(), Exit::IoOut { port: 0x31, size: 1, data: vec![0xff] });
 }
 
 #[test]
@@ -165,10 +98,7 @@ fn run_endless_refused_instructions_ends_when_the_time_is_over() {
     let Some(backend) = backend() else { return };
     let mut vcpu = real_mode(&backend, &[0x9b, 0xeb, 0xfd]); // again: fwait; jmp again
     let start = Instant::now();
-    assert_eq!(
-        vcpu.run(Some(Duration::from_millis(50))).unwrap(),
-        Exit::Timeout
-    );
+    assert_eq!(vcpu.run(Some(Duration::from_millis(50))).unwrap(), Exit::Timeout);
     assert!(start.elapsed() < Duration::from_secs(2));
 }
 
@@ -190,15 +120,9 @@ fn kick_before_run_is_not_lost_and_counts_once() {
     vcpu.kicker().kick();
     vcpu.kicker().kick_and_wait().unwrap();
     let start = Instant::now();
-    assert_eq!(
-        vcpu.run(Some(Duration::from_secs(5))).unwrap(),
-        Exit::Interrupted
-    );
+    assert_eq!(vcpu.run(Some(Duration::from_secs(5))).unwrap(), Exit::Interrupted);
     assert!(start.elapsed() < Duration::from_secs(2));
-    assert_eq!(
-        vcpu.run(Some(Duration::from_millis(5))).unwrap(),
-        Exit::Timeout
-    );
+    assert_eq!(vcpu.run(Some(Duration::from_millis(5))).unwrap(), Exit::Timeout);
 }
 
 #[test]

@@ -42,8 +42,8 @@ pub enum FrameError {
 /// # Errors
 /// [`FrameError::TooLong`] if the result exceeds [`MAX_FRAME`].
 pub fn encode<M: Serialize>(message: &M) -> Result<Vec<u8>, FrameError> {
-    let bytes = postcard::to_extend(message, vec![VERSION])
-        .map_err(|error| FrameError::Malformed(error.to_string()))?;
+    let bytes =
+        postcard::to_extend(message, vec![VERSION]).map_err(|error| FrameError::Malformed(error.to_string()))?;
     if bytes.len() > MAX_FRAME {
         return Err(FrameError::TooLong { length: bytes.len() });
     }
@@ -58,9 +58,7 @@ pub fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, FrameError> {
     if bytes.len() > MAX_FRAME {
         return Err(FrameError::TooLong { length: bytes.len() });
     }
-    let (version, body) = bytes
-        .split_first()
-        .ok_or_else(|| FrameError::Malformed("empty frame".into()))?;
+    let (version, body) = bytes.split_first().ok_or_else(|| FrameError::Malformed("empty frame".into()))?;
     if *version != VERSION {
         return Err(FrameError::Version { found: *version });
     }
@@ -181,10 +179,7 @@ mod tests {
     fn decode_other_version_is_refused() {
         let mut bytes = encode(&ToAgent::StdinEnd).unwrap();
         bytes[0] = VERSION + 1;
-        assert_eq!(
-            decode::<ToAgent>(&bytes),
-            Err(FrameError::Version { found: VERSION + 1 })
-        );
+        assert_eq!(decode::<ToAgent>(&bytes), Err(FrameError::Version { found: VERSION + 1 }));
     }
 
     #[test]

@@ -489,7 +489,8 @@ fn a_guest_that_never_gets_ready_is_killed_and_its_console_shown() {
 
 #[test]
 fn a_machine_that_ends_before_it_is_ready_did_not_boot() {
-    for (reason, expected) in [(EndReason::Reset, "did not boot"), (EndReason::Kvm, "why"), (EndReason::Config, "why")] {
+    for (reason, expected) in [(EndReason::Reset, "did not boot"), (EndReason::Kvm, "why"), (EndReason::Config, "why")]
+    {
         let (sandbox, vmm) = sandbox();
         vmm.send(&Event::Ended(report(reason)));
         let error = sandbox.wait_ready(SECOND, &mut never).unwrap_err();

@@ -28,19 +28,11 @@ impl Agent {
     /// With a control group for each command; `None` (and words on stderr) where that is not allowed.
     pub fn start_with_groups() -> Option<Agent> {
         let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
-        let root = roots
-            .iter()
-            .find(|root| Path::new(root).join("cgroup.procs").exists());
-        let name = format!(
-            "microvm-agent-test-{}-{:?}",
-            std::process::id(),
-            std::thread::current().id()
-        );
+        let root = roots.iter().find(|root| Path::new(root).join("cgroup.procs").exists());
+        let name = format!("microvm-agent-test-{}-{:?}", std::process::id(), std::thread::current().id());
         let directory = root.map(|root| Path::new(root).join(name));
         match directory {
-            Some(directory) if std::fs::create_dir(&directory).is_ok() => {
-                Some(Agent::launch(Some(directory)))
-            }
+            Some(directory) if std::fs::create_dir(&directory).is_ok() => Some(Agent::launch(Some(directory))),
             _ => {
                 eprintln!("skipped: no cgroup2 that may be written to");
                 None
@@ -50,31 +42,19 @@ impl Agent {
 
     /// Every kind that can run here.
     pub fn all() -> Vec<Agent> {
-        [Some(Agent::start()), Agent::start_with_groups()]
-            .into_iter()
-            .flatten()
-            .collect()
+        [Some(Agent::start()), Agent::start_with_groups()].into_iter().flatten().collect()
     }
 
     fn launch(cgroup: Option<PathBuf>) -> Agent {
         let directory = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_microvm-agent"));
-        command
-            .arg("--serve-unix")
-            .arg(directory.path().join("socket"))
-            .stdin(Stdio::null());
+        command.arg("--serve-unix").arg(directory.path().join("socket")).stdin(Stdio::null());
         if let Some(path) = &cgroup {
             command.arg("--cgroup").arg(path);
         }
         let process = command.spawn().unwrap();
-        let agent = Agent {
-            process,
-            directory,
-            cgroup,
-        };
-        wait_until("the agent listens", || {
-            UnixStream::connect(agent.socket()).is_ok()
-        });
+        let agent = Agent { process, directory, cgroup };
+        wait_until("the agent listens", || UnixStream::connect(agent.socket()).is_ok());
         agent
     }
 
@@ -85,9 +65,7 @@ impl Agent {
     /// Number of control groups of commands, the one in stock included.
     pub fn groups(&self) -> usize {
         let entries = std::fs::read_dir(self.cgroup.as_ref().unwrap()).unwrap();
-        entries
-            .filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir())
-            .count()
+        entries.filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir()).count()
     }
 
     fn socket(&self) -> PathBuf {
@@ -97,10 +75,7 @@ impl Agent {
     pub fn connect(&self) -> Stream {
         let socket = UnixStream::connect(self.socket()).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Stream {
-            socket,
-            frames: FrameBuffer::default(),
-        }
+        Stream { socket, frames: FrameBuffer::default() }
     }
 
     pub fn exec(&self, request: ExecRequest) -> Stream {
@@ -121,24 +96,13 @@ impl Agent {
 
     /// A field of the agent's /proc/PID/status, in its unit.
     pub fn status(&self, field: &str) -> u64 {
-        let status =
-            std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix(field))
-            .unwrap();
-        line.trim_start_matches(':')
-            .split_whitespace()
-            .next()
-            .unwrap()
-            .parse()
-            .unwrap()
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
     }
 
     pub fn open_files(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.process.id()))
-            .unwrap()
-            .count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.process.id())).unwrap().count()
     }
 
     /// Its children, zombies included.
@@ -195,9 +159,7 @@ pub struct Outcome {
 
 impl Stream {
     pub fn send(&mut self, message: &ToAgent) {
-        self.socket
-            .write_all(&frame::encode_prefixed(message).unwrap())
-            .unwrap();
+        self.socket.write_all(&frame::encode_prefixed(message).unwrap()).unwrap();
     }
 
     /// The next message; `None` at the end of the stream.
@@ -209,10 +171,7 @@ impl Stream {
             }
             match self.socket.read(&mut bytes) {
                 Ok(0) => {
-                    assert!(
-                        !self.frames.is_partial(),
-                        "the stream ends in the middle of a frame"
-                    );
+                    assert!(!self.frames.is_partial(), "the stream ends in the middle of a frame");
                     return None;
                 }
                 Ok(length) => self.frames.extend(&bytes[..length]),
@@ -234,17 +193,10 @@ impl Stream {
     pub fn finish(mut self) -> Outcome {
         let mut outcome = Outcome::default();
         while let Some(message) = self.receive() {
-            assert!(
-                outcome.status.is_none() && outcome.failure.is_none(),
-                "{message:?} after the last message"
-            );
+            assert!(outcome.status.is_none() && outcome.failure.is_none(), "{message:?} after the last message");
             match message {
                 FromAgent::Started { pid } => {
-                    assert_eq!(
-                        outcome,
-                        Outcome::default(),
-                        "Started is not the first message"
-                    );
+                    assert_eq!(outcome, Outcome::default(), "Started is not the first message");
                     outcome.pid = pid;
                 }
                 FromAgent::Stdout(bytes) => outcome.stdout.extend(bytes),
@@ -262,10 +214,7 @@ pub const ENV: [(&str, &str); 1] = [("PATH", "/usr/bin:/bin")];
 
 pub fn exec<T: AsRef<[u8]>>(argv: impl IntoIterator<Item = T>) -> ExecRequest {
     ExecRequest {
-        argv: argv
-            .into_iter()
-            .map(|word| ByteBuf::from(word.as_ref()))
-            .collect(),
+        argv: argv.into_iter().map(|word| ByteBuf::from(word.as_ref())).collect(),
         env: env(ENV),
         ..ExecRequest::default()
     }
@@ -273,10 +222,7 @@ pub fn exec<T: AsRef<[u8]>>(argv: impl IntoIterator<Item = T>) -> ExecRequest {
 
 pub fn env<T: AsRef<[u8]>>(pairs: impl IntoIterator<Item = (T, T)>) -> Vec<(ByteBuf, ByteBuf)> {
     let buffer = |bytes: T| ByteBuf::from(bytes.as_ref());
-    pairs
-        .into_iter()
-        .map(|(name, value)| (buffer(name), buffer(value)))
-        .collect()
+    pairs.into_iter().map(|(name, value)| (buffer(name), buffer(value))).collect()
 }
 
 pub fn sh(script: &str) -> ExecRequest {
@@ -284,10 +230,7 @@ pub fn sh(script: &str) -> ExecRequest {
 }
 
 pub fn with_timeout(request: ExecRequest, milliseconds: u64) -> ExecRequest {
-    ExecRequest {
-        timeout_ms: Some(milliseconds),
-        ..request
-    }
+    ExecRequest { timeout_ms: Some(milliseconds), ..request }
 }
 
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -327,9 +270,5 @@ pub fn lives(mark: &str) -> bool {
 pub fn marker() -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!(
-        "9{:07}.{}",
-        std::process::id(),
-        NEXT.fetch_add(1, Ordering::Relaxed)
-    )
+    format!("9{:07}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }

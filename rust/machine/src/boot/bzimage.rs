@@ -40,15 +40,8 @@ pub(crate) fn setup_header(kernel: &FileSource<'_>) -> Result<setup_header, Boot
     let mut bytes = [0; size_of::<setup_header>()];
     kernel.read(HEADER, &mut bytes)?;
     let jump = bytes.get(JUMP_LENGTH).copied().unwrap_or_default();
-    let length = u64::from(jump)
-        .saturating_add(JUMP_END)
-        .saturating_sub(HEADER);
-    for (to, from) in header
-        .as_mut_slice()
-        .iter_mut()
-        .zip(bytes)
-        .take(usize::try_from(length).unwrap_or(usize::MAX))
-    {
+    let length = u64::from(jump).saturating_add(JUMP_END).saturating_sub(HEADER);
+    for (to, from) in header.as_mut_slice().iter_mut().zip(bytes).take(usize::try_from(length).unwrap_or(usize::MAX)) {
         *to = from;
     }
     let version = header.version;
@@ -80,20 +73,14 @@ pub(crate) fn load(
 
 /// Offset in the file, and length, of the compressed kernel.
 fn payload(kernel: &FileSource<'_>, header: &setup_header) -> Result<(u64, u64), BootError> {
-    let (offset, length) = (
-        u64::from(header.payload_offset),
-        u64::from(header.payload_length),
-    );
+    let (offset, length) = (u64::from(header.payload_offset), u64::from(header.payload_length));
     let start = setup_end(header).saturating_add(offset);
     if start.saturating_add(length) > kernel.length() {
         return Err(BootError::field(
             INPUT,
             "payload_offset + payload_length",
             format!("{start:#x} + {length:#x}"),
-            format!(
-                "the file has only {:#x} bytes; hint: it may have been truncated",
-                kernel.length()
-            ),
+            format!("the file has only {:#x} bytes; hint: it may have been truncated", kernel.length()),
         ));
     }
     Ok((start, length))
@@ -113,20 +100,13 @@ fn setup_end(header: &setup_header) -> u64 {
 /// `None` if the file is no bzImage, carries no version, or its version is no plain file name.
 pub fn kernel_release(file: &File) -> Option<String> {
     let kernel = FileSource::new("kernel", file).ok()?;
-    let header = is_bzimage(&kernel)
-        .then(|| setup_header(&kernel).ok())
-        .flatten()?;
-    let offset = u64::from(header.kernel_version)
-        .checked_add(0x200)
-        .filter(|_| header.kernel_version != 0)?;
-    let room = setup_end(&header)
-        .min(kernel.length())
-        .checked_sub(offset)?;
+    let header = is_bzimage(&kernel).then(|| setup_header(&kernel).ok()).flatten()?;
+    let offset = u64::from(header.kernel_version).checked_add(0x200).filter(|_| header.kernel_version != 0)?;
+    let room = setup_end(&header).min(kernel.length()).checked_sub(offset)?;
     let mut text = vec![0; RELEASE_MAX.min(usize::try_from(room).ok()?)];
     kernel.read_exact(offset, &mut text).ok()?;
     let release = text.split(|byte| *byte == 0 || *byte == b' ').next()?;
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"+-._~".contains(byte);
-    let is_name =
-        release.first().is_some_and(u8::is_ascii_alphanumeric) && release.iter().all(plain);
+    let is_name = release.first().is_some_and(u8::is_ascii_alphanumeric) && release.iter().all(plain);
     is_name.then(|| String::from_utf8_lossy(release).into_owned())
 }

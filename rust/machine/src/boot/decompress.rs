@@ -40,14 +40,8 @@ impl Format {
     /// By the payload's first bytes.
     fn detect(magic: [u8; 6]) -> Result<Self, BootError> {
         let unsupported = |name: &str| {
-            let hint =
-                "it must be gzip, xz, zstd or lz4; hint: give the vmlinux of this kernel instead";
-            Err(BootError::field(
-                "kernel (bzImage)",
-                "the payload's compression",
-                name,
-                hint,
-            ))
+            let hint = "it must be gzip, xz, zstd or lz4; hint: give the vmlinux of this kernel instead";
+            Err(BootError::field("kernel (bzImage)", "the payload's compression", name, hint))
         };
         match magic {
             [0x1f, 0x8b, ..] => Ok(Self::Gzip),
@@ -67,30 +61,17 @@ impl Format {
 /// # Errors
 /// [`BootError`] if the compression is not supported, the size exceeds `limit` (the guest's RAM, in bytes), or the
 /// payload is damaged.
-pub(crate) fn payload(
-    kernel: &FileSource<'_>,
-    offset: u64,
-    length: u64,
-    limit: u64,
-) -> Result<Vec<u8>, BootError> {
+pub(crate) fn payload(kernel: &FileSource<'_>, offset: u64, length: u64, limit: u64) -> Result<Vec<u8>, BootError> {
     let mut magic = [0; 6];
     let shortest = SIZE_WORD.saturating_add(magic.len() as u64);
     if length < shortest {
         let allowed = format!("it must be at least {shortest} bytes");
-        return Err(BootError::field(
-            "kernel (bzImage)",
-            "payload_length",
-            length,
-            allowed,
-        ));
+        return Err(BootError::field("kernel (bzImage)", "payload_length", length, allowed));
     }
     kernel.read(offset, &mut magic)?;
     let format = Format::detect(magic)?;
     let mut word = [0; SIZE_WORD as usize];
-    kernel.read(
-        offset.saturating_add(length).saturating_sub(SIZE_WORD),
-        &mut word,
-    )?;
+    kernel.read(offset.saturating_add(length).saturating_sub(SIZE_WORD), &mut word)?;
     let size = u32::from_le_bytes(word);
     if u64::from(size) > limit {
         return Err(BootError::field(
@@ -101,23 +82,9 @@ pub(crate) fn payload(
         ));
     }
     // gzip's word is part of its trailer, the others' is not.
-    let compressed = if format == Format::Gzip {
-        length
-    } else {
-        length.saturating_sub(SIZE_WORD)
-    };
-    let input = BufReader::with_capacity(
-        64 << 10,
-        Section {
-            kernel,
-            offset,
-            left: compressed,
-        },
-    );
-    decompress(format, input, size).map_err(|source| BootError::Payload {
-        format: format.name(),
-        source,
-    })
+    let compressed = if format == Format::Gzip { length } else { length.saturating_sub(SIZE_WORD) };
+    let input = BufReader::with_capacity(64 << 10, Section { kernel, offset, left: compressed });
+    decompress(format, input, size).map_err(|source| BootError::Payload { format: format.name(), source })
 }
 
 /// Exactly `size` bytes, or an error.
@@ -126,18 +93,11 @@ fn decompress(format: Format, input: impl Read, size: u32) -> io::Result<Vec<u8>
         Format::Gzip => take(flate2::read::GzDecoder::new(input), size),
         Format::Xz => {
             let limit = u32::try_from(WINDOW_MAX >> 10).unwrap_or(u32::MAX);
-            take(
-                lzma_rust2::XzReader::new_mem_limit(input, false, limit),
-                size,
-            )
+            take(lzma_rust2::XzReader::new_mem_limit(input, false, limit), size)
         }
         Format::Zstd => {
-            let decoder =
-                ruzstd::decoding::StreamingDecoder::new_with_max_window_size(input, WINDOW_MAX);
-            take(
-                decoder.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?,
-                size,
-            )
+            let decoder = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(input, WINDOW_MAX);
+            take(decoder.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?, size)
         }
         Format::Lz4 => lz4_legacy(input, size),
     }
@@ -146,10 +106,7 @@ fn decompress(format: Format, input: impl Read, size: u32) -> io::Result<Vec<u8>
 fn take(mut decoder: impl Read, size: u32) -> io::Result<Vec<u8>> {
     let mut output = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
     // One byte more than announced, to notice that there is more, and to make the decoder check its checksum.
-    decoder
-        .by_ref()
-        .take(u64::from(size).saturating_add(1))
-        .read_to_end(&mut output)?;
+    decoder.by_ref().take(u64::from(size).saturating_add(1)).read_to_end(&mut output)?;
     check_size(output, size)
 }
 
@@ -192,15 +149,10 @@ fn lz4_legacy(mut input: impl Read, size: u32) -> io::Result<Vec<u8>> {
 }
 
 fn check_size(output: Vec<u8>, size: u32) -> io::Result<Vec<u8>> {
-    match output
-        .len()
-        .cmp(&usize::try_from(size).unwrap_or(usize::MAX))
-    {
+    match output.len().cmp(&usize::try_from(size).unwrap_or(usize::MAX)) {
         std::cmp::Ordering::Less => Err(invalid("there is less data than the size behind it says")),
         std::cmp::Ordering::Equal => Ok(output),
-        std::cmp::Ordering::Greater => {
-            Err(invalid("there is more data than the size behind it says"))
-        }
+        std::cmp::Ordering::Greater => Err(invalid("there is more data than the size behind it says")),
     }
 }
 
@@ -218,13 +170,8 @@ struct Section<'a> {
 impl Read for Section<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         use std::os::unix::fs::FileExt;
-        let wanted = buffer
-            .len()
-            .min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        let read = self
-            .kernel
-            .file()
-            .read_at(buffer.get_mut(..wanted).unwrap_or_default(), self.offset)?;
+        let wanted = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let read = self.kernel.file().read_at(buffer.get_mut(..wanted).unwrap_or_default(), self.offset)?;
         self.offset = self.offset.saturating_add(read as u64);
         self.left = self.left.saturating_sub(read as u64);
         Ok(read)

@@ -51,11 +51,7 @@ pub(crate) fn load(kernel: &dyn Source, memory: &GuestMemoryMmap) -> Result<Load
     let (entry, segments) = parse(kernel)?;
     let mut placed = Vec::with_capacity(segments.len());
     for segment in &segments {
-        placed.push((
-            segment.address,
-            check_placement(segment, low_end)?,
-            segment.index,
-        ));
+        placed.push((segment.address, check_placement(segment, low_end)?, segment.index));
     }
     check_overlap(&mut placed)?;
     let end = placed.iter().map(|range| range.1).max().unwrap_or_default();
@@ -76,69 +72,26 @@ fn parse(kernel: &dyn Source) -> Result<(u64, Vec<Segment>), BootError> {
     let mut header = [0; HEADER];
     kernel.read(0, &mut header)?;
     if !header.starts_with(&MAGIC) {
-        return Err(BootError::UnknownKernel {
-            magic: header.iter().take(MAGIC.len()).copied().collect(),
-        });
+        return Err(BootError::UnknownKernel { magic: header.iter().take(MAGIC.len()).copied().collect() });
     }
     let expect = |field: &str, value: u64, wanted: u64, meaning: &str| {
-        let refuse = || {
-            BootError::field(
-                INPUT,
-                field,
-                value,
-                format!("it must be {wanted}: {meaning}"),
-            )
-        };
+        let refuse = || BootError::field(INPUT, field, value, format!("it must be {wanted}: {meaning}"));
         (value == wanted).then_some(()).ok_or_else(refuse)
     };
-    expect(
-        "EI_CLASS",
-        u64::from(u8_at(&header, 4)),
-        CLASS_64,
-        "64-bit (32-bit kernels are not supported)",
-    )?;
-    expect(
-        "EI_DATA",
-        u64::from(u8_at(&header, 5)),
-        LITTLE_ENDIAN,
-        "little-endian",
-    )?;
-    expect(
-        "e_type",
-        u64::from(u16_at(&header, 16)),
-        TYPE_EXECUTABLE,
-        "linked to fixed addresses, as a kernel is",
-    )?;
-    expect(
-        "e_machine",
-        u64::from(u16_at(&header, 18)),
-        MACHINE_X86_64,
-        "x86-64",
-    )?;
-    expect(
-        "e_phentsize",
-        u64::from(u16_at(&header, 54)),
-        PROGRAM_HEADER as u64,
-        "the size of Elf64_Phdr",
-    )?;
+    expect("EI_CLASS", u64::from(u8_at(&header, 4)), CLASS_64, "64-bit (32-bit kernels are not supported)")?;
+    expect("EI_DATA", u64::from(u8_at(&header, 5)), LITTLE_ENDIAN, "little-endian")?;
+    expect("e_type", u64::from(u16_at(&header, 16)), TYPE_EXECUTABLE, "linked to fixed addresses, as a kernel is")?;
+    expect("e_machine", u64::from(u16_at(&header, 18)), MACHINE_X86_64, "x86-64")?;
+    expect("e_phentsize", u64::from(u16_at(&header, 54)), PROGRAM_HEADER as u64, "the size of Elf64_Phdr")?;
     let count = u16_at(&header, 56);
     if count == 0 || count > PROGRAM_HEADERS_MAX {
-        return Err(BootError::field(
-            INPUT,
-            "e_phnum",
-            count,
-            format!("it must be 1 to {PROGRAM_HEADERS_MAX}"),
-        ));
+        return Err(BootError::field(INPUT, "e_phnum", count, format!("it must be 1 to {PROGRAM_HEADERS_MAX}")));
     }
     let table_offset = u64_at(&header, 32);
     let mut table = vec![0; usize::from(count).saturating_mul(PROGRAM_HEADER)];
     let table_end = table_offset.checked_add(table.len() as u64);
     if table_end.is_none_or(|end| end > kernel.length()) {
-        return Err(truncated(
-            "the program header table (e_phoff)",
-            table_end.unwrap_or(u64::MAX),
-            kernel.length(),
-        ));
+        return Err(truncated("the program header table (e_phoff)", table_end.unwrap_or(u64::MAX), kernel.length()));
     }
     kernel.read(table_offset, &mut table)?;
     let mut segments = Vec::new();
@@ -157,12 +110,7 @@ fn parse(kernel: &dyn Source) -> Result<(u64, Vec<Segment>), BootError> {
         }
     }
     if segments.is_empty() {
-        return Err(BootError::field(
-            INPUT,
-            "the number of PT_LOAD segments",
-            0,
-            "there must be at least one",
-        ));
+        return Err(BootError::field(INPUT, "the number of PT_LOAD segments", 0, "there must be at least one"));
     }
     Ok((u64_at(&header, 24), segments))
 }
@@ -227,27 +175,16 @@ fn check_overlap(placed: &mut [(u64, u64, u16)]) -> Result<(), BootError> {
 
 /// Linux gives the physical address of its entry point; other kernels give the virtual one.
 fn physical_entry(entry: u64, segments: &[Segment]) -> Result<u64, BootError> {
-    let inside = |start: u64, segment: &Segment| {
-        entry
-            .checked_sub(start)
-            .filter(|offset| *offset < segment.memory_size)
-    };
-    let physical = segments
-        .iter()
-        .find_map(|segment| inside(segment.address, segment).map(|_| entry));
+    let inside =
+        |start: u64, segment: &Segment| entry.checked_sub(start).filter(|offset| *offset < segment.memory_size);
+    let physical = segments.iter().find_map(|segment| inside(segment.address, segment).map(|_| entry));
     let through_virtual = || {
         segments.iter().find_map(|segment| {
-            inside(segment.virtual_address, segment)
-                .and_then(|offset| segment.address.checked_add(offset))
+            inside(segment.virtual_address, segment).and_then(|offset| segment.address.checked_add(offset))
         })
     };
     physical.or_else(through_virtual).ok_or_else(|| {
-        BootError::field(
-            INPUT,
-            "e_entry",
-            format!("{entry:#x}"),
-            "it must lie within one of the PT_LOAD segments",
-        )
+        BootError::field(INPUT, "e_entry", format!("{entry:#x}"), "it must lie within one of the PT_LOAD segments")
     })
 }
 
@@ -261,11 +198,7 @@ fn truncated(what: &str, end: u64, length: u64) -> BootError {
 }
 
 fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
-    bytes
-        .get(offset..)
-        .and_then(|rest| rest.first_chunk())
-        .copied()
-        .unwrap_or([0; N])
+    bytes.get(offset..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
 
 fn u8_at(bytes: &[u8], offset: usize) -> u8 {

@@ -41,9 +41,7 @@ pub enum BootError {
         allowed: String,
     },
     /// The payload of a bzImage could not be decompressed.
-    #[error(
-        "kernel (bzImage): its {format} payload is damaged: {source}; hint: compare the file with its package"
-    )]
+    #[error("kernel (bzImage): its {format} payload is damaged: {source}; hint: compare the file with its package")]
     Payload {
         /// Name of the compression.
         format: &'static str,
@@ -67,12 +65,7 @@ impl BootError {
         value: impl ToString,
         allowed: impl Into<String>,
     ) -> Self {
-        Self::Field {
-            input,
-            field: field.into(),
-            value: value.to_string(),
-            allowed: allowed.into(),
-        }
+        Self::Field { input, field: field.into(), value: value.to_string(), allowed: allowed.into() }
     }
 
     /// For `map_err` of writes to guest memory.

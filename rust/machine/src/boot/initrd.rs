@@ -32,9 +32,7 @@ pub(crate) fn load(
             "initrd",
             "the file's size",
             format!("{} bytes", initrd.length()),
-            format!(
-                "{room} bytes are left behind the kernel; hint: give the guest more memory, or a smaller initrd"
-            ),
+            format!("{room} bytes are left behind the kernel; hint: give the guest more memory, or a smaller initrd"),
         )
     };
     let address = end
@@ -42,9 +40,7 @@ pub(crate) fn load(
         .map(|start| start & !PAGE.wrapping_sub(1))
         .filter(|start| *start >= kernel_end)
         .ok_or_else(too_large)?;
-    let placed = u32::try_from(address)
-        .ok()
-        .zip(u32::try_from(initrd.length()).ok());
+    let placed = u32::try_from(address).ok().zip(u32::try_from(initrd.length()).ok());
     let (address, size) = placed.ok_or_else(too_large)?;
     initrd.copy(0, initrd.length(), memory, address.into())?;
     Ok(Initrd { address, size })

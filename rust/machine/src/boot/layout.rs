@@ -46,12 +46,7 @@ pub const MAPPED: u64 = 1 << 32;
 pub(crate) fn ram(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = memory
         .iter()
-        .map(|region| {
-            (
-                region.start_addr().raw_value(),
-                region.last_addr().raw_value().saturating_add(1),
-            )
-        })
+        .map(|region| (region.start_addr().raw_value(), region.last_addr().raw_value().saturating_add(1)))
         .collect();
     ranges.sort_unstable();
     ranges.dedup_by(|next, previous| {
@@ -74,9 +69,7 @@ pub(crate) fn low_ram_end(memory: &GuestMemoryMmap) -> Result<u64, BootError> {
         first => Err(BootError::field(
             "memory",
             "the RAM at address 0",
-            first
-                .filter(|range| range.0 == 0)
-                .map_or("absent".into(), |range| format!("{} bytes", range.1)),
+            first.filter(|range| range.0 == 0).map_or("absent".into(), |range| format!("{} bytes", range.1)),
             "it must reach past 1 MiB",
         )),
     }

@@ -81,51 +81,24 @@ pub fn load(memory: &GuestMemoryMmap, plan: &BootPlan<'_>) -> Result<Entry, Boot
     let initrd = match plan.initrd {
         Some(file) => {
             let highest = u64::from(header.initrd_addr_max);
-            Some(initrd::load(
-                &FileSource::new("initrd", file)?,
-                memory,
-                loaded.end,
-                highest,
-            )?)
+            Some(initrd::load(&FileSource::new("initrd", file)?, memory, loaded.end, highest)?)
         }
         None => None,
     };
     tables::write_tables(memory)?;
     mptable::write(memory, plan.vcpus)?;
-    let rsdp = if plan.acpi {
-        Some(acpi::write(memory, plan.vcpus, plan.devices)?)
-    } else {
-        None
-    };
-    let inputs = boot_params::Inputs {
-        header,
-        initrd,
-        command_line: plan.command_line,
-        rsdp,
-        rng_seed: plan.rng_seed,
-    };
+    let rsdp = if plan.acpi { Some(acpi::write(memory, plan.vcpus, plan.devices)?) } else { None };
+    let inputs = boot_params::Inputs { header, initrd, command_line: plan.command_line, rsdp, rng_seed: plan.rng_seed };
     boot_params::write(memory, &inputs)?;
-    Ok(Entry {
-        rip: loaded.entry,
-        rsi: layout::BOOT_PARAMS,
-        kernel_end: loaded.end,
-    })
+    Ok(Entry { rip: loaded.entry, rsi: layout::BOOT_PARAMS, kernel_end: loaded.end })
 }
 
 fn expect_elf(kernel: &FileSource<'_>) -> Result<(), BootError> {
     let mut magic = [0; 4];
-    let length = magic
-        .len()
-        .min(usize::try_from(kernel.length()).unwrap_or(usize::MAX));
+    let length = magic.len().min(usize::try_from(kernel.length()).unwrap_or(usize::MAX));
     let magic = magic.get_mut(..length).unwrap_or_default();
     kernel.read(0, magic)?;
-    if *magic == elf::MAGIC {
-        Ok(())
-    } else {
-        Err(BootError::UnknownKernel {
-            magic: magic.to_vec(),
-        })
-    }
+    if *magic == elf::MAGIC { Ok(()) } else { Err(BootError::UnknownKernel { magic: magic.to_vec() }) }
 }
 
 #[cfg(test)]

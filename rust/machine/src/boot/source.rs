@@ -15,44 +15,20 @@ pub(crate) trait Source {
     /// Fills `buffer` from `offset` on.
     fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
     /// Copies `length` bytes from `offset` on to guest memory without a buffer in between.
-    fn copy_exact(
-        &self,
-        offset: u64,
-        length: u64,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), CopyError>;
+    fn copy_exact(&self, offset: u64, length: u64, memory: &GuestMemoryMmap, address: u64) -> Result<(), CopyError>;
 
     /// [`Source::read_exact`] with the error that names place and length.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BootError> {
         let length = buffer.len() as u64;
-        self.read_exact(offset, buffer)
-            .map_err(|source| BootError::Read {
-                input: self.name(),
-                offset,
-                length,
-                source,
-            })
+        self.read_exact(offset, buffer).map_err(|source| BootError::Read { input: self.name(), offset, length, source })
     }
 
     /// [`Source::copy_exact`] with the error that names place and length.
-    fn copy(
-        &self,
-        offset: u64,
-        length: u64,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), BootError> {
-        self.copy_exact(offset, length, memory, address)
-            .map_err(|error| match error {
-                CopyError::Source(source) => BootError::Read {
-                    input: self.name(),
-                    offset,
-                    length,
-                    source,
-                },
-                CopyError::Memory(source) => BootError::Memory { address, source },
-            })
+    fn copy(&self, offset: u64, length: u64, memory: &GuestMemoryMmap, address: u64) -> Result<(), BootError> {
+        self.copy_exact(offset, length, memory, address).map_err(|error| match error {
+            CopyError::Source(source) => BootError::Read { input: self.name(), offset, length, source },
+            CopyError::Memory(source) => BootError::Memory { address, source },
+        })
     }
 }
 
@@ -83,12 +59,8 @@ pub(crate) struct FileSource<'a> {
 
 impl<'a> FileSource<'a> {
     pub(crate) fn new(name: &'static str, file: &'a File) -> Result<Self, BootError> {
-        let metadata = file.metadata().map_err(|source| BootError::Read {
-            input: name,
-            offset: 0,
-            length: 0,
-            source,
-        })?;
+        let metadata =
+            file.metadata().map_err(|source| BootError::Read { input: name, offset: 0, length: 0, source })?;
         if !metadata.is_file() {
             return Err(BootError::field(
                 name,
@@ -98,18 +70,9 @@ impl<'a> FileSource<'a> {
             ));
         }
         if metadata.len() == 0 {
-            return Err(BootError::field(
-                name,
-                "the file's size",
-                "0 bytes",
-                "it must not be empty",
-            ));
+            return Err(BootError::field(name, "the file's size", "0 bytes", "it must not be empty"));
         }
-        Ok(Self {
-            name,
-            file,
-            length: metadata.len(),
-        })
+        Ok(Self { name, file, length: metadata.len() })
     }
 
     pub(crate) fn file(&self) -> &'a File {
@@ -130,16 +93,9 @@ impl Source for FileSource<'_> {
         self.file.read_exact_at(buffer, offset)
     }
 
-    fn copy_exact(
-        &self,
-        offset: u64,
-        length: u64,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), CopyError> {
+    fn copy_exact(&self, offset: u64, length: u64, memory: &GuestMemoryMmap, address: u64) -> Result<(), CopyError> {
         let mut file = self.file;
-        file.seek(SeekFrom::Start(offset))
-            .map_err(CopyError::Source)?;
+        file.seek(SeekFrom::Start(offset)).map_err(CopyError::Source)?;
         memory.read_exact_volatile_from(GuestAddress(address), &mut file, to_usize(length)?)?;
         Ok(())
     }
@@ -150,9 +106,7 @@ pub(crate) struct BytesSource<'a>(pub(crate) &'a [u8]);
 
 impl BytesSource<'_> {
     fn range(&self, offset: u64, length: u64) -> io::Result<&[u8]> {
-        let end = offset
-            .checked_add(length)
-            .and_then(|end| usize::try_from(end).ok());
+        let end = offset.checked_add(length).and_then(|end| usize::try_from(end).ok());
         usize::try_from(offset)
             .ok()
             .zip(end)
@@ -175,13 +129,7 @@ impl Source for BytesSource<'_> {
         Ok(())
     }
 
-    fn copy_exact(
-        &self,
-        offset: u64,
-        length: u64,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), CopyError> {
+    fn copy_exact(&self, offset: u64, length: u64, memory: &GuestMemoryMmap, address: u64) -> Result<(), CopyError> {
         let bytes = self.range(offset, length).map_err(CopyError::Source)?;
         memory.write_slice(bytes, GuestAddress(address))?;
         Ok(())

@@ -52,16 +52,14 @@ impl Console {
         if let Some(descriptor) = descriptor {
             console.lock().reader = Reader::Idle;
             let shared = Arc::downgrade(&console.0);
-            std::thread::Builder::new()
-                .name("console".into())
-                .spawn(move || {
-                    while let Some(shared) = shared.upgrade() {
-                        if !write_backlog(&shared, &descriptor) {
-                            shared.lock().reader = Reader::None;
-                            break;
-                        }
+            std::thread::Builder::new().name("console".into()).spawn(move || {
+                while let Some(shared) = shared.upgrade() {
+                    if !write_backlog(&shared, &descriptor) {
+                        shared.lock().reader = Reader::None;
+                        break;
                     }
-                })?;
+                }
+            })?;
         }
         Ok(console)
     }
@@ -69,14 +67,8 @@ impl Console {
     /// Takes output. Never waits for anybody.
     pub fn write(&self, bytes: &[u8]) {
         let mut output = self.lock();
-        let kept = bytes
-            .get(bytes.len().saturating_sub(CONSOLE_TAIL)..)
-            .unwrap_or(bytes);
-        let excess = output
-            .tail
-            .len()
-            .saturating_add(kept.len())
-            .saturating_sub(CONSOLE_TAIL);
+        let kept = bytes.get(bytes.len().saturating_sub(CONSOLE_TAIL)..).unwrap_or(bytes);
+        let excess = output.tail.len().saturating_add(kept.len()).saturating_sub(CONSOLE_TAIL);
         let excess = excess.min(output.tail.len());
         output.tail.drain(..excess);
         output.tail.extend(kept);
@@ -101,18 +93,11 @@ impl Console {
     pub fn flush(&self, limit: Duration) -> bool {
         let start = Instant::now();
         let mut output = self.lock();
-        while output.reader == Reader::Writing
-            || (output.reader == Reader::Idle && !output.backlog.is_empty())
-        {
+        while output.reader == Reader::Writing || (output.reader == Reader::Idle && !output.backlog.is_empty()) {
             let Some(left) = limit.checked_sub(start.elapsed()) else {
                 return false;
             };
-            output = self
-                .0
-                .changed
-                .wait_timeout(output, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            output = self.0.changed.wait_timeout(output, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         output.backlog.is_empty()
     }
@@ -133,18 +118,13 @@ fn write_backlog(shared: &Shared, descriptor: &OwnedFd) -> bool {
     let mut output = shared.lock();
     if output.backlog.is_empty() && output.dropped == 0 {
         // Not for ever: the console may be gone meanwhile.
-        output = shared
-            .changed
-            .wait_timeout(output, Duration::from_millis(100))
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
+        output =
+            shared.changed.wait_timeout(output, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner).0;
     }
     let mut bytes = std::mem::take(&mut output.backlog);
     let dropped = std::mem::take(&mut output.dropped);
     if dropped > 0 {
-        bytes.extend_from_slice(
-            format!("\n[{dropped} bytes of console output dropped: slow reader]\n").as_bytes(),
-        );
+        bytes.extend_from_slice(format!("\n[{dropped} bytes of console output dropped: slow reader]\n").as_bytes());
     }
     if bytes.is_empty() {
         return true;
@@ -166,14 +146,8 @@ fn write_all(descriptor: &OwnedFd, mut bytes: &[u8]) -> bool {
             Err(rustix::io::Errno::INTR) => {}
             // Whoever gave the descriptor made it non-blocking.
             Err(rustix::io::Errno::AGAIN) => {
-                let mut wanted = [rustix::event::PollFd::new(
-                    descriptor,
-                    rustix::event::PollFlags::OUT,
-                )];
-                let second = rustix::event::Timespec {
-                    tv_sec: 1,
-                    tv_nsec: 0,
-                };
+                let mut wanted = [rustix::event::PollFd::new(descriptor, rustix::event::PollFlags::OUT)];
+                let second = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
                 let _ = rustix::event::poll(&mut wanted, Some(&second));
             }
             Err(_) => return false,

@@ -53,35 +53,21 @@ pub struct I8042 {
 impl I8042 {
     /// A controller that pulls `reset`.
     pub fn new(reset: ResetLine) -> Arc<Self> {
-        Arc::new(Self {
-            reset,
-            output: AtomicU16::new(EMPTY),
-            command: AtomicU8::new(0),
-        })
+        Arc::new(Self { reset, output: AtomicU16::new(EMPTY), command: AtomicU8::new(0) })
     }
 
     /// The device for port [`BASE`].
     pub fn data_port(self: &Arc<Self>) -> Arc<dyn BusDevice> {
-        Arc::new(Port {
-            controller: Arc::clone(self),
-            is_command: false,
-        })
+        Arc::new(Port { controller: Arc::clone(self), is_command: false })
     }
 
     /// The device for port [`BASE`] + [`COMMAND_OFFSET`].
     pub fn command_port(self: &Arc<Self>) -> Arc<dyn BusDevice> {
-        Arc::new(Port {
-            controller: Arc::clone(self),
-            is_command: true,
-        })
+        Arc::new(Port { controller: Arc::clone(self), is_command: true })
     }
 
     fn status(&self) -> u8 {
-        if self.output.load(Ordering::Relaxed) == EMPTY {
-            SYSTEM
-        } else {
-            SYSTEM | OUTPUT_FULL
-        }
+        if self.output.load(Ordering::Relaxed) == EMPTY { SYSTEM } else { SYSTEM | OUTPUT_FULL }
     }
 
     fn data(&self) -> u8 {
@@ -119,21 +105,13 @@ struct Port {
 impl BusDevice for Port {
     fn read(&self, _: u64, data: &mut [u8]) {
         if let Some(byte) = data.first_mut() {
-            *byte = if self.is_command {
-                self.controller.status()
-            } else {
-                self.controller.data()
-            };
+            *byte = if self.is_command { self.controller.status() } else { self.controller.data() };
         }
     }
 
     fn write(&self, _: u64, data: &[u8]) {
         if let Some(byte) = data.first() {
-            if self.is_command {
-                self.controller.take_command(*byte)
-            } else {
-                self.controller.take_data(*byte)
-            }
+            if self.is_command { self.controller.take_command(*byte) } else { self.controller.take_data(*byte) }
         }
     }
 }

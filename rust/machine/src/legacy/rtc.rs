@@ -25,9 +25,7 @@ pub struct Rtc {
 impl BusDevice for Rtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let (1, Some(byte)) = (offset, data.first_mut()) {
-            let now = SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs());
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
             *byte = register(self.index.load(Ordering::Relaxed), now);
         }
     }
@@ -65,9 +63,7 @@ fn register(index: u8, seconds: u64) -> u8 {
 /// Year, month and day of the Gregorian calendar, `days` after 1970-01-01.
 fn date(days: u64) -> (u64, u64, u64) {
     let mut rest = days % DAYS_PER_400_YEARS;
-    let mut year = (days / DAYS_PER_400_YEARS)
-        .wrapping_mul(400)
-        .wrapping_add(1970);
+    let mut year = (days / DAYS_PER_400_YEARS).wrapping_mul(400).wrapping_add(1970);
     while rest >= year_length(year) {
         rest = rest.wrapping_sub(year_length(year));
         year = year.wrapping_add(1);
@@ -87,11 +83,7 @@ fn date(days: u64) -> (u64, u64, u64) {
 const DAYS_PER_400_YEARS: u64 = 146_097;
 
 fn year_length(year: u64) -> u64 {
-    if (year % 4 == 0 && year % 100 != 0) || year % 400 == 0 {
-        366
-    } else {
-        365
-    }
+    if (year % 4 == 0 && year % 100 != 0) || year % 400 == 0 { 366 } else { 365 }
 }
 
 #[cfg(test)]

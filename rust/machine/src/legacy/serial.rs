@@ -42,10 +42,7 @@ impl io::Write for Sink {
 impl Serial {
     /// `interrupt` is the irqfd of line [`IRQ`].
     pub fn new(interrupt: EventFd, console: Console) -> Self {
-        Self(Mutex::new(vm_superio::Serial::new(
-            Line(interrupt),
-            Sink(console),
-        )))
+        Self(Mutex::new(vm_superio::Serial::new(Line(interrupt), Sink(console))))
     }
 }
 
@@ -80,11 +77,7 @@ mod tests {
     fn serial() -> (Serial, Console, EventFd) {
         let console = Console::new(None).unwrap();
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        (
-            Serial::new(event.try_clone().unwrap(), console.clone()),
-            console,
-            event,
-        )
+        (Serial::new(event.try_clone().unwrap(), console.clone()), console, event)
     }
 
     proptest! {

@@ -8,9 +8,7 @@ use crate::boot::layout::{ACPI_END, RSDP};
 use crate::boot::{BootError, MmioWindow};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -40,11 +38,7 @@ const DEVICES_MAX: usize = 256;
 ///
 /// # Errors
 /// [`BootError::Field`] if a window does not lie below 4 GiB, or there are too many of them.
-pub fn write(
-    memory: &GuestMemoryMmap,
-    vcpus: u8,
-    devices: &[MmioWindow],
-) -> Result<u64, BootError> {
+pub fn write(memory: &GuestMemoryMmap, vcpus: u8, devices: &[MmioWindow]) -> Result<u64, BootError> {
     let mut next = RSDP.saturating_add(Rsdp::len() as u64);
     let mut put = |table: &dyn Aml| -> Result<u64, BootError> {
         let mut bytes = Vec::new();
@@ -53,16 +47,9 @@ pub fn write(
         next = address.saturating_add(bytes.len() as u64);
         if next > ACPI_END {
             let allowed = format!("its ACPI tables must end below {ACPI_END:#x}");
-            return Err(BootError::field(
-                "devices",
-                "their number",
-                devices.len(),
-                allowed,
-            ));
+            return Err(BootError::field("devices", "their number", devices.len(), allowed));
         }
-        memory
-            .write_slice(&bytes, GuestAddress(address))
-            .map_err(BootError::memory(address))?;
+        memory.write_slice(&bytes, GuestAddress(address)).map_err(BootError::memory(address))?;
         Ok(address)
     };
     let dsdt = put(&dsdt(devices)?)?;
@@ -72,9 +59,7 @@ pub fn write(
     let rsdp = Rsdp::new(OEM, put(&xsdt)?);
     let mut bytes = Vec::new();
     rsdp.to_aml_bytes(&mut bytes);
-    memory
-        .write_slice(&bytes, GuestAddress(RSDP))
-        .map_err(BootError::memory(RSDP))?;
+    memory.write_slice(&bytes, GuestAddress(RSDP)).map_err(BootError::memory(RSDP))?;
     Ok(RSDP)
 }
 
@@ -87,25 +72,14 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
     builder.iapc_boot_arch = BOOT_ARCHITECTURE.into();
-    builder.reset_reg = GAS::new(
-        AddressSpace::SystemIo,
-        8,
-        0,
-        AccessSize::ByteAccess,
-        RESET_PORT,
-    );
+    builder.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, RESET_PORT);
     builder.reset_value = RESET_COMMAND;
     builder.finalize()
 }
 
 /// Interrupts 0 to 23 are the IOAPIC's pins, without overrides: KVM routes the PIT to pin 0.
 fn madt(vcpus: u8) -> impl Aml {
-    let mut madt = MADT::new(
-        OEM,
-        TABLE,
-        REVISION,
-        LocalInterruptController::Address(LOCAL_APIC),
-    );
+    let mut madt = MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(LOCAL_APIC));
     for id in 0..vcpus {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
@@ -115,12 +89,7 @@ fn madt(vcpus: u8) -> impl Aml {
 
 fn dsdt(devices: &[MmioWindow]) -> Result<Sdt, BootError> {
     if devices.len() > DEVICES_MAX {
-        return Err(BootError::field(
-            "devices",
-            "their number",
-            devices.len(),
-            format!("at most {DEVICES_MAX}"),
-        ));
+        return Err(BootError::field("devices", "their number", devices.len(), format!("at most {DEVICES_MAX}")));
     }
     let mut code = Code(Vec::new());
     code.com1();
@@ -149,10 +118,7 @@ impl Code {
                 &aml::Name::new(aml::Path::new("_HID"), id),
                 &aml::Name::new(aml::Path::new("_UID"), &unique_id),
                 &aml::Name::new(aml::Path::new("_CCA"), &aml::One {}),
-                &aml::Name::new(
-                    aml::Path::new("_CRS"),
-                    &aml::ResourceTemplate::new(resources),
-                ),
+                &aml::Name::new(aml::Path::new("_CRS"), &aml::ResourceTemplate::new(resources)),
             ],
         )
         .to_aml_bytes(&mut self.0);
@@ -160,37 +126,18 @@ impl Code {
 
     fn com1(&mut self) {
         let ports = aml::IO::new(COM1_PORT, COM1_PORT, 1, COM1_PORTS);
-        self.device(
-            "COM1",
-            &aml::EISAName::new("PNP0501"),
-            0,
-            vec![&edge(COM1_IRQ), &ports],
-        );
+        self.device("COM1", &aml::EISAName::new("PNP0501"), 0, vec![&edge(COM1_IRQ), &ports]);
     }
 
     fn virtio_mmio(&mut self, number: u16, window: MmioWindow) -> Result<(), BootError> {
         let narrow = |field: &str, value: u64| {
             u32::try_from(value).map_err(|_| {
                 let field = format!("{field} of window {number}");
-                BootError::field(
-                    "devices",
-                    field,
-                    format!("{value:#x}"),
-                    "it must fit into 32 bits",
-                )
+                BootError::field("devices", field, format!("{value:#x}"), "it must fit into 32 bits")
             })
         };
-        let memory = aml::Memory32Fixed::new(
-            true,
-            narrow("base", window.base)?,
-            narrow("size", window.size)?,
-        );
-        self.device(
-            &format!("VR{number:02X}"),
-            &"LNRO0005",
-            number,
-            vec![&memory, &edge(window.irq)],
-        );
+        let memory = aml::Memory32Fixed::new(true, narrow("base", window.base)?, narrow("size", window.size)?);
+        self.device(&format!("VR{number:02X}"), &"LNRO0005", number, vec![&memory, &edge(window.irq)]);
         Ok(())
     }
 }
@@ -210,9 +157,7 @@ mod tests {
 
     fn read(memory: &GuestMemoryMmap, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        memory
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
+        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
     }
 
@@ -233,9 +178,7 @@ mod tests {
     }
 
     fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-        haystack
-            .windows(needle.len())
-            .any(|window| window == needle)
+        haystack.windows(needle.len()).any(|window| window == needle)
     }
 
     proptest! {
@@ -274,17 +217,11 @@ mod tests {
         let window = |base, size| MmioWindow { base, size, irq: 5 };
         for (devices, field) in [
             (vec![window(1 << 32, 0x1000)], "base of window 0"),
-            (
-                vec![window(0, 0x1000), window(0, 1 << 32)],
-                "size of window 1",
-            ),
+            (vec![window(0, 0x1000), window(0, 1 << 32)], "size of window 1"),
             (vec![window(0, 0x1000); DEVICES_MAX + 1], "their number"),
         ] {
             let error = write(&ram(2 << 20).unwrap(), 1, &devices).unwrap_err();
-            assert!(
-                matches!(&error, BootError::Field { field: named, .. } if named == field),
-                "{error}"
-            );
+            assert!(matches!(&error, BootError::Field { field: named, .. } if named == field), "{error}");
         }
     }
 }

@@ -1,9 +1,7 @@
 //! `struct boot_params`, the page that tells Linux what machine it is on (Documentation/arch/x86/zero-page.rst), and
 //! what it points to: command line, RNG seed.
 
-use crate::boot::layout::{
-    self, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, EBDA, HIGH_MEMORY, RNG_SEED,
-};
+use crate::boot::layout::{self, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, EBDA, HIGH_MEMORY, RNG_SEED};
 use crate::boot::{BootError, Initrd};
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -46,11 +44,7 @@ pub(crate) fn for_vmlinux() -> setup_header {
 
 /// The kernel's own setup header, with the fields that a loader fills in.
 pub(crate) fn for_bzimage(header: setup_header) -> setup_header {
-    setup_header {
-        type_of_loader: LOADER_UNDEFINED,
-        loadflags: header.loadflags | LOADED_HIGH,
-        ..header
-    }
+    setup_header { type_of_loader: LOADER_UNDEFINED, loadflags: header.loadflags | LOADED_HIGH, ..header }
 }
 
 /// Writes command line, RNG seed and the page itself.
@@ -58,10 +52,7 @@ pub(crate) fn for_bzimage(header: setup_header) -> setup_header {
 /// # Errors
 /// [`BootError`] if the command line is too long or not printable ASCII.
 pub(crate) fn write(memory: &GuestMemoryMmap, inputs: &Inputs<'_>) -> Result<(), BootError> {
-    let mut page = boot_params {
-        hdr: inputs.header,
-        ..Default::default()
-    };
+    let mut page = boot_params { hdr: inputs.header, ..Default::default() };
     page.hdr.cmd_line_ptr = write_command_line(memory, inputs.command_line)?;
     page.hdr.cmdline_size = u32::try_from(COMMAND_LINE_MAX).unwrap_or_default();
     page.hdr.setup_data = write_rng_seed(memory, inputs.rng_seed)?;
@@ -75,41 +66,26 @@ pub(crate) fn write(memory: &GuestMemoryMmap, inputs: &Inputs<'_>) -> Result<(),
     let room = table.len();
     if map.len() > room {
         let allowed = format!("boot_params has room for {room}");
-        return Err(BootError::field(
-            "memory",
-            "the number of e820 entries",
-            map.len(),
-            allowed,
-        ));
+        return Err(BootError::field("memory", "the number of e820 entries", map.len(), allowed));
     }
     for (slot, entry) in table.iter_mut().zip(&map) {
         *slot = *entry;
     }
     page.e820_table = table;
     page.e820_entries = u8::try_from(map.len()).unwrap_or_default();
-    memory
-        .write_obj(page, GuestAddress(BOOT_PARAMS))
-        .map_err(BootError::memory(BOOT_PARAMS))
+    memory.write_obj(page, GuestAddress(BOOT_PARAMS)).map_err(BootError::memory(BOOT_PARAMS))
 }
 
 /// The memory map: all RAM, of which the part from the EBDA to 1 MiB is reserved. Addresses without RAM (the hole
 /// below 4 GiB) are not in it, so that Linux finds room for devices there.
 fn e820(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
-    let kinds = [
-        (0, EBDA, E820_RAM),
-        (EBDA, HIGH_MEMORY, E820_RESERVED),
-        (HIGH_MEMORY, u64::MAX, E820_RAM),
-    ];
+    let kinds = [(0, EBDA, E820_RAM), (EBDA, HIGH_MEMORY, E820_RESERVED), (HIGH_MEMORY, u64::MAX, E820_RAM)];
     let ram = layout::ram(memory);
     let entries = ram.iter().flat_map(|(start, end)| {
         kinds.iter().filter_map(move |(from, to, kind)| {
             let addr = *start.max(from);
             let size = (*end.min(to)).checked_sub(addr).filter(|size| *size > 0)?;
-            Some(boot_e820_entry {
-                addr,
-                size,
-                r#type: *kind,
-            })
+            Some(boot_e820_entry { addr, size, r#type: *kind })
         })
     });
     entries.collect()
@@ -121,24 +97,15 @@ fn write_command_line(memory: &GuestMemoryMmap, command_line: &str) -> Result<u3
             "cmdline",
             "its length",
             format!("{} bytes", command_line.len()),
-            format!(
-                "at most {COMMAND_LINE_MAX} bytes, with the words that the machine itself adds"
-            ),
+            format!("at most {COMMAND_LINE_MAX} bytes, with the words that the machine itself adds"),
         ));
     }
     if let Some(bad) = command_line.chars().find(|c| !(' '..='~').contains(c)) {
-        return Err(BootError::field(
-            "cmdline",
-            "a character",
-            format!("{bad:?}"),
-            "printable ASCII only",
-        ));
+        return Err(BootError::field("cmdline", "a character", format!("{bad:?}"), "printable ASCII only"));
     }
     let mut bytes = command_line.as_bytes().to_vec();
     bytes.push(0);
-    memory
-        .write_slice(&bytes, GuestAddress(COMMAND_LINE))
-        .map_err(BootError::memory(COMMAND_LINE))?;
+    memory.write_slice(&bytes, GuestAddress(COMMAND_LINE)).map_err(BootError::memory(COMMAND_LINE))?;
     Ok(u32::try_from(COMMAND_LINE).unwrap_or_default())
 }
 
@@ -148,8 +115,6 @@ fn write_rng_seed(memory: &GuestMemoryMmap, seed: [u8; 32]) -> Result<u64, BootE
     bytes.extend(SETUP_RNG_SEED.to_le_bytes());
     bytes.extend((size_of_val(&seed) as u32).to_le_bytes());
     bytes.extend(seed);
-    memory
-        .write_slice(&bytes, GuestAddress(RNG_SEED))
-        .map_err(BootError::memory(RNG_SEED))?;
+    memory.write_slice(&bytes, GuestAddress(RNG_SEED)).map_err(BootError::memory(RNG_SEED))?;
     Ok(RNG_SEED)
 }

@@ -32,7 +32,7 @@ fn restrict_entry(entry: &mut kvm_cpuid_entry2, kind: Kind, deadline_timer: bool
                 entry.ebx &= !bits(&[7, 10, 20]); // SMEP, INVPCID, SMAP
                 entry.ecx &= !bits(&[2, 16, 22]); // UMIP, 5-level paging, RDPID
             }
-            (0xd, 1) => entry.eax &= !bits(&[1, 3]), // XSAVEC, XSAVES
+            (0xd, 1) => entry.eax &= !bits(&[1, 3]),       // XSAVEC, XSAVES
             (0x8000_0001, _) => entry.edx &= !bits(&[27]), // RDTSCP
             _ => {}
         }
@@ -43,17 +43,9 @@ fn restrict_entry(entry: &mut kvm_cpuid_entry2, kind: Kind, deadline_timer: bool
 pub(crate) fn for_vcpu(common: &CpuId, index: u8, count: u8) -> Result<CpuId, Errno> {
     let mut entries = common.as_slice().to_vec();
     // KVM lists the first level of the topology alone.
-    let level =
-        |level| move |entry: &kvm_cpuid_entry2| entry.function == 0xb && entry.index == level;
-    if let (Some(first), false) = (
-        entries.iter().find(|entry| level(0)(entry)),
-        entries.iter().any(level(1)),
-    ) {
-        entries.push(kvm_cpuid_entry2 {
-            index: 1,
-            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-            ..*first
-        });
+    let level = |level| move |entry: &kvm_cpuid_entry2| entry.function == 0xb && entry.index == level;
+    if let (Some(first), false) = (entries.iter().find(|entry| level(0)(entry)), entries.iter().any(level(1))) {
+        entries.push(kvm_cpuid_entry2 { index: 1, flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX, ..*first });
     }
     for entry in &mut entries {
         place(entry, index.into(), count.max(1).into());
@@ -81,15 +73,12 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
                 1 => (width, count, 2),
                 _ => (0, 0, 0),
             };
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) =
-                (shift, processors, (level & 0xff) | (kind << 8), id);
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (shift, processors, (level & 0xff) | (kind << 8), id);
         }
         // Finer topologies, of which there is none here: absent, so that leaf 0xb or leaf 1 counts.
         (0x1f | 0x8000_0026, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         (0x8000_0001, _) => set(&mut entry.ecx, 1, count > 1), // CmpLegacy
-        (0x8000_0008, _) => {
-            entry.ecx = (entry.ecx & !0xf0ff) | (others & 0xff) | ((width & 0xf) << 12)
-        }
+        (0x8000_0008, _) => entry.ecx = (entry.ecx & !0xf0ff) | (others & 0xff) | ((width & 0xf) << 12),
         (0x8000_001d, _) if entry.eax & 0x1f != 0 => {
             let sharing = if (entry.eax >> 5) & 7 >= 3 { others } else { 0 };
             entry.eax = (entry.eax & 0x3fff) | ((sharing & 0xfff) << 14);
@@ -101,17 +90,11 @@ fn place(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
 
 fn set(register: &mut u32, bit: u32, value: bool) {
     let mask = bits(&[bit]);
-    *register = if value {
-        *register | mask
-    } else {
-        *register & !mask
-    };
+    *register = if value { *register | mask } else { *register & !mask };
 }
 
 fn bits(numbers: &[u32]) -> u32 {
-    numbers
-        .iter()
-        .fold(0, |mask, bit| mask | 1u32.wrapping_shl(*bit))
+    numbers.iter().fold(0, |mask, bit| mask | 1u32.wrapping_shl(*bit))
 }
 
 #[cfg(test)]

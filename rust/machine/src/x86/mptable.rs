@@ -56,17 +56,10 @@ pub fn write(memory: &GuestMemoryMmap, vcpus: u8) -> Result<(), BootError> {
     bytes.extend(configuration(vcpus));
     if vcpus == 0 || bytes.len() as u64 > EBDA_SIZE {
         let allowed = format!("at least one, and the MP table must fit into {EBDA_SIZE} bytes");
-        return Err(BootError::field(
-            "cpus",
-            "the number of vCPUs",
-            vcpus,
-            allowed,
-        ));
+        return Err(BootError::field("cpus", "the number of vCPUs", vcpus, allowed));
     }
     let put = |address: u64, bytes: &[u8]| {
-        memory
-            .write_slice(bytes, GuestAddress(address))
-            .map_err(BootError::memory(address))
+        memory.write_slice(bytes, GuestAddress(address)).map_err(BootError::memory(address))
     };
     put(EBDA, &bytes)?;
     put(BDA_EBDA_SEGMENT, &((EBDA >> 4) as u16).to_le_bytes())?;
@@ -85,20 +78,14 @@ fn floating_pointer() -> Vec<u8> {
 
 fn configuration(vcpus: u8) -> Vec<u8> {
     let entries = entries(vcpus);
-    let length = entries
-        .iter()
-        .fold(HEADER, |sum, entry| sum.saturating_add(entry.len()));
+    let length = entries.iter().fold(HEADER, |sum, entry| sum.saturating_add(entry.len()));
     let mut bytes = b"PCMP".to_vec();
     bytes.extend(u16::try_from(length).unwrap_or(u16::MAX).to_le_bytes());
     bytes.extend([SPECIFICATION, 0]);
     bytes.extend(OEM);
     bytes.extend(PRODUCT);
     bytes.extend([0; 6]); // no OEM table
-    bytes.extend(
-        u16::try_from(entries.len())
-            .unwrap_or(u16::MAX)
-            .to_le_bytes(),
-    );
+    bytes.extend(u16::try_from(entries.len()).unwrap_or(u16::MAX).to_le_bytes());
     bytes.extend(LOCAL_APIC.to_le_bytes());
     bytes.extend([0; 4]); // no extended table
     bytes.extend(entries.into_iter().flatten());
@@ -111,28 +98,16 @@ fn entries(vcpus: u8) -> Vec<Vec<u8>> {
     let mut entries: Vec<Vec<u8>> = (0..vcpus).map(processor).collect();
     entries.push([&[ENTRY_BUS, BUS_ISA][..], b"ISA   "].concat());
     let ioapic = ioapic_id(vcpus);
-    entries.push(
-        [
-            &[ENTRY_IOAPIC, ioapic, APIC_VERSION, 1][..],
-            &IOAPIC.to_le_bytes(),
-        ]
-        .concat(),
-    );
-    let interrupt =
-        |entry, kind, source, apic, pin| vec![entry, kind, 0, 0, BUS_ISA, source, apic, pin];
-    entries
-        .extend((0..IOAPIC_PINS).map(|pin| interrupt(ENTRY_INTERRUPT, KIND_INT, pin, ioapic, pin)));
+    entries.push([&[ENTRY_IOAPIC, ioapic, APIC_VERSION, 1][..], &IOAPIC.to_le_bytes()].concat());
+    let interrupt = |entry, kind, source, apic, pin| vec![entry, kind, 0, 0, BUS_ISA, source, apic, pin];
+    entries.extend((0..IOAPIC_PINS).map(|pin| interrupt(ENTRY_INTERRUPT, KIND_INT, pin, ioapic, pin)));
     entries.push(interrupt(ENTRY_LOCAL_INTERRUPT, KIND_EXTINT, 0, 0, 0));
     entries.push(interrupt(ENTRY_LOCAL_INTERRUPT, KIND_NMI, 0, ALL_APICS, 1));
     entries
 }
 
 fn processor(id: u8) -> Vec<u8> {
-    let flags = if id == 0 {
-        CPU_ENABLED | CPU_BOOTSTRAP
-    } else {
-        CPU_ENABLED
-    };
+    let flags = if id == 0 { CPU_ENABLED | CPU_BOOTSTRAP } else { CPU_ENABLED };
     let mut entry = vec![ENTRY_PROCESSOR, id, APIC_VERSION, flags];
     entry.extend(CPU_SIGNATURE.to_le_bytes());
     entry.extend(CPU_FEATURES.to_le_bytes());
@@ -155,9 +130,7 @@ mod tests {
 
     fn read(memory: &GuestMemoryMmap, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        memory
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
+        memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
     }
 
@@ -175,22 +148,12 @@ mod tests {
             let pointer = read(&memory, u64::from(segment) << 4, 16);
             assert_eq!((&pointer[..4], sum(&pointer)), (&b"_MP_"[..], 0));
             let address = u32::from_le_bytes(pointer[4..8].try_into().unwrap());
-            assert_eq!(
-                (&pointer[8..10], &pointer[11..]),
-                (&[1, SPECIFICATION][..], &[0; 5][..])
-            );
-            let length: u16 = memory
-                .read_obj(GuestAddress(u64::from(address).saturating_add(4)))
-                .unwrap();
+            assert_eq!((&pointer[8..10], &pointer[11..]), (&[1, SPECIFICATION][..], &[0; 5][..]));
+            let length: u16 = memory.read_obj(GuestAddress(u64::from(address).saturating_add(4))).unwrap();
             let table = read(&memory, address.into(), length.into());
             assert_eq!((&table[..4], sum(&table)), (&b"PCMP"[..], 0));
-            assert_eq!(
-                (table[6], &table[8..16], &table[16..28]),
-                (SPECIFICATION, &OEM[..], &PRODUCT[..])
-            );
-            assert!(
-                u64::from(address).saturating_add(length.into()) <= EBDA.saturating_add(EBDA_SIZE)
-            );
+            assert_eq!((table[6], &table[8..16], &table[16..28]), (SPECIFICATION, &OEM[..], &PRODUCT[..]));
+            assert!(u64::from(address).saturating_add(length.into()) <= EBDA.saturating_add(EBDA_SIZE));
             let mut entries = Vec::new();
             let mut rest = &table[HEADER..];
             while let Some(kind) = rest.first() {
@@ -198,37 +161,17 @@ mod tests {
                 entries.push(entry);
                 rest = next;
             }
-            assert_eq!(
-                u16::from_le_bytes([table[34], table[35]]),
-                u16::try_from(entries.len()).unwrap()
-            );
-            let of = |kind| {
-                entries
-                    .iter()
-                    .filter(move |entry| entry[0] == kind)
-                    .collect::<Vec<_>>()
-            };
+            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::try_from(entries.len()).unwrap());
+            let of = |kind| entries.iter().filter(move |entry| entry[0] == kind).collect::<Vec<_>>();
             let ids: Vec<u8> = of(ENTRY_PROCESSOR).iter().map(|entry| entry[1]).collect();
             assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
-            let bootstrap: Vec<u8> = of(ENTRY_PROCESSOR)
-                .iter()
-                .map(|entry| entry[3] >> 1)
-                .collect();
+            let bootstrap: Vec<u8> = of(ENTRY_PROCESSOR).iter().map(|entry| entry[3] >> 1).collect();
             assert_eq!(bootstrap.iter().sum::<u8>(), bootstrap[0]);
             let ioapic = of(ENTRY_IOAPIC)[0][1];
             assert!(!ids.contains(&ioapic));
-            let pins: Vec<_> = of(ENTRY_INTERRUPT)
-                .iter()
-                .map(|entry| (entry[5], entry[6], entry[7]))
-                .collect();
-            assert_eq!(
-                pins,
-                (0..24).map(|pin| (pin, ioapic, pin)).collect::<Vec<_>>()
-            );
-            let local: Vec<_> = of(ENTRY_LOCAL_INTERRUPT)
-                .iter()
-                .map(|entry| (entry[1], entry[7]))
-                .collect();
+            let pins: Vec<_> = of(ENTRY_INTERRUPT).iter().map(|entry| (entry[5], entry[6], entry[7])).collect();
+            assert_eq!(pins, (0..24).map(|pin| (pin, ioapic, pin)).collect::<Vec<_>>());
+            let local: Vec<_> = of(ENTRY_LOCAL_INTERRUPT).iter().map(|entry| (entry[1], entry[7])).collect();
             assert_eq!(local, [(KIND_EXTINT, 0), (KIND_NMI, 1)]);
         }
     }
@@ -236,10 +179,7 @@ mod tests {
     #[test]
     fn write_for_no_vcpu_or_too_many_is_refused() {
         for vcpus in [0, 64, 255] {
-            assert!(matches!(
-                write(&ram(2 << 20).unwrap(), vcpus),
-                Err(BootError::Field { input: "cpus", .. })
-            ));
+            assert!(matches!(write(&ram(2 << 20).unwrap(), vcpus), Err(BootError::Field { input: "cpus", .. })));
         }
     }
 }

@@ -20,21 +20,10 @@ const BOOT: [(u32, u64); 2] = [(MTRR_DEFAULT_TYPE, WRITE_BACK), (MISC_ENABLE, FA
 /// # Errors
 /// [`CallError`] whose `call` names the register that KVM refused.
 pub(crate) fn set_boot(vcpu: &Vcpu) -> Result<(), CallError> {
-    let entries = BOOT.map(|(index, data)| kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    });
-    let refused = |call, errno| CallError {
-        call,
-        errno: vmm_sys_util::errno::Error::new(errno),
-    };
+    let entries = BOOT.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let refused = |call, errno| CallError { call, errno: vmm_sys_util::errno::Error::new(errno) };
     let msrs = Msrs::from_entries(&entries).map_err(|_| refused("KVM_SET_MSRS", libc::E2BIG))?;
-    match vcpu
-        .fd()
-        .set_msrs(&msrs)
-        .map_err(CallError::of("KVM_SET_MSRS"))?
-    {
+    match vcpu.fd().set_msrs(&msrs).map_err(CallError::of("KVM_SET_MSRS"))? {
         0 => Err(refused("KVM_SET_MSRS of IA32_MTRR_DEF_TYPE", libc::EINVAL)),
         1 => Err(refused("KVM_SET_MSRS of IA32_MISC_ENABLE", libc::EINVAL)),
         _ => Ok(()),

@@ -25,13 +25,7 @@ const EFER_LMA: u64 = 1 << 10;
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
-const DESCRIPTORS: [u64; 5] = [
-    0,
-    0,
-    0x00af_9b00_0000_ffff,
-    0x00cf_9300_0000_ffff,
-    0x008f_8b00_0000_ffff,
-];
+const DESCRIPTORS: [u64; 5] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
 
 /// Writes the GDT and page tables that map the first 4 GiB to themselves.
 ///
@@ -39,13 +33,8 @@ const DESCRIPTORS: [u64; 5] = [
 /// [`BootError::Memory`] if guest memory ends below them.
 pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     let write = |address: u64, values: &[u64]| {
-        let bytes: Vec<u8> = values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
-        memory
-            .write_slice(&bytes, GuestAddress(address))
-            .map_err(BootError::memory(address))
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        memory.write_slice(&bytes, GuestAddress(address)).map_err(BootError::memory(address))
     };
     write(GDT, &DESCRIPTORS)?;
     // Constants far from overflow: pages behind PAGE_TABLES, addresses up to 4 GiB.
@@ -53,19 +42,11 @@ pub fn write_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     let pointers = page(1);
     write(PAGE_TABLES, &[pointers | PRESENT_WRITABLE])?;
     let directory = |index: u64| page(index.saturating_add(2));
-    let to_directories: Vec<u64> = (0..DIRECTORIES)
-        .map(|index| directory(index) | PRESENT_WRITABLE)
-        .collect();
+    let to_directories: Vec<u64> = (0..DIRECTORIES).map(|index| directory(index) | PRESENT_WRITABLE).collect();
     write(pointers, &to_directories)?;
     // The directories are neighbours, so their entries are one array.
-    let pages =
-        (0..DIRECTORIES.saturating_mul(ENTRIES)).map(|index| index.saturating_mul(LARGE_PAGE));
-    write(
-        directory(0),
-        &pages
-            .map(|address| address | PRESENT_WRITABLE | LARGE)
-            .collect::<Vec<_>>(),
-    )
+    let pages = (0..DIRECTORIES.saturating_mul(ENTRIES)).map(|index| index.saturating_mul(LARGE_PAGE));
+    write(directory(0), &pages.map(|address| address | PRESENT_WRITABLE | LARGE).collect::<Vec<_>>())
 }
 
 /// Long mode at CPL 0 with the tables of [`write_tables`]; fields that do not matter stay as KVM's reset left them.
@@ -85,21 +66,9 @@ pub fn initial_sregs(sregs: &mut kvm_sregs) {
     sregs.cs = flat(CODE, 0xb, true);
     let data = flat(DATA, 0x3, false);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment {
-        limit: 0xffff,
-        selector: TASK,
-        type_: 0xb,
-        present: 1,
-        ..Default::default()
-    };
-    let limit = u16::try_from(size_of_val(&DESCRIPTORS))
-        .unwrap_or_default()
-        .saturating_sub(1);
-    sregs.gdt = kvm_dtable {
-        base: GDT,
-        limit,
-        ..Default::default()
-    };
+    sregs.tr = kvm_segment { limit: 0xffff, selector: TASK, type_: 0xb, present: 1, ..Default::default() };
+    let limit = u16::try_from(size_of_val(&DESCRIPTORS)).unwrap_or_default().saturating_sub(1);
+    sregs.gdt = kvm_dtable { base: GDT, limit, ..Default::default() };
     sregs.idt = kvm_dtable::default();
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.cr3 = PAGE_TABLES;
@@ -152,38 +121,23 @@ mod tests {
     #[test]
     fn segment_registers_agree_with_the_descriptor_table() {
         let (memory, sregs) = started();
-        for segment in [
-            sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr,
-        ] {
+        for segment in [sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr] {
             assert!(segment.selector + 7 <= sregs.gdt.limit);
             let descriptor = entry(&memory, sregs.gdt.base, u64::from(segment.selector >> 3));
-            let flags = (u64::from(segment.g) << 3)
-                | (u64::from(segment.db) << 2)
-                | (u64::from(segment.l) << 1);
-            let access = (u64::from(segment.present) << 7)
-                | (u64::from(segment.s) << 4)
-                | u64::from(segment.type_);
+            let flags = (u64::from(segment.g) << 3) | (u64::from(segment.db) << 2) | (u64::from(segment.l) << 1);
+            let access = (u64::from(segment.present) << 7) | (u64::from(segment.s) << 4) | u64::from(segment.type_);
             assert_eq!(descriptor >> 40 & 0xff, access, "{segment:?}");
             assert_eq!(descriptor & 0xffff, u64::from(segment.limit & 0xffff));
             if segment.s == 1 {
                 assert_eq!(descriptor >> 52 & 0xe, flags, "{segment:?}");
             }
         }
-        assert_eq!(
-            (sregs.cs.selector, sregs.cs.l, sregs.ds.selector),
-            (0x10, 1, 0x18)
-        );
+        assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.ds.selector), (0x10, 1, 0x18));
     }
 
     #[test]
     fn write_tables_beyond_the_end_of_memory_is_an_error() {
         let memory = ram(0x8000).unwrap();
-        assert!(matches!(
-            write_tables(&memory),
-            Err(BootError::Memory {
-                address: PAGE_TABLES,
-                ..
-            })
-        ));
+        assert!(matches!(write_tables(&memory), Err(BootError::Memory { address: PAGE_TABLES, .. })));
     }
 }

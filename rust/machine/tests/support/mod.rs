@@ -9,9 +9,7 @@
     reason = "tests fail by panicking"
 )]
 
-use microvm_machine::{
-    Backend, Files, KickSignal, KvmError, Machine, MachineEnd, Origin, Vcpu, Vm, memory,
-};
+use microvm_machine::{Backend, Files, KickSignal, KvmError, Machine, MachineEnd, Origin, Vcpu, Vm, memory};
 use microvm_protocol::spec::MachineSpec;
 use std::fs::File;
 use std::io::{Seek, Write};
@@ -42,9 +40,7 @@ pub fn real_mode(backend: &Backend, code: &[u8]) -> Vcpu {
     let memory = memory::ram(0x1_0000).unwrap();
     memory.write_slice(code, GuestAddress(CODE)).unwrap();
     vm.add_memory(&memory).unwrap();
-    let vcpu = vm
-        .create_vcpu(0, KickSignal::install_default().unwrap())
-        .unwrap();
+    let vcpu = vm.create_vcpu(0, KickSignal::install_default().unwrap()).unwrap();
     let mut sregs = vcpu.sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
@@ -104,15 +100,9 @@ pub fn start(
     code: &[u8],
     console: Option<OwnedFd>,
 ) -> (Machine, Receiver<MachineEnd>) {
-    let files = Files {
-        kernel: kernel(code),
-        initrd: None,
-        console,
-    };
+    let files = Files { kernel: kernel(code), initrd: None, console };
     let mut machine = Machine::assemble(backend, spec, Vec::new(), Origin::Boot(files)).unwrap();
     let (ends, ended) = channel();
-    machine
-        .start(Box::new(move |end| ends.send(end).unwrap()))
-        .unwrap();
+    machine.start(Box::new(move |end| ends.send(end).unwrap())).unwrap();
     (machine, ended)
 }

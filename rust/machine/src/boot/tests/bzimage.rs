@@ -49,9 +49,7 @@ const FORMATS: [Compress; 4] = [gzip, xz, zstd, lz4];
 
 fn gzip(contents: &[u8]) -> Vec<u8> {
     let mut compressed = Vec::new();
-    GzEncoder::new(contents, flate2::Compression::default())
-        .read_to_end(&mut compressed)
-        .unwrap();
+    GzEncoder::new(contents, flate2::Compression::default()).read_to_end(&mut compressed).unwrap();
     compressed
 }
 
@@ -65,10 +63,7 @@ fn xz(contents: &[u8]) -> Vec<u8> {
 }
 
 fn zstd(contents: &[u8]) -> Vec<u8> {
-    with_size(
-        compress_to_vec(contents, CompressionLevel::Fastest),
-        contents.len(),
-    )
+    with_size(compress_to_vec(contents, CompressionLevel::Fastest), contents.len())
 }
 
 fn lz4(contents: &[u8]) -> Vec<u8> {
@@ -100,12 +95,7 @@ fn set(file: &mut [u8], offset: usize, value: u32) {
 }
 
 fn decompressed(payload: &[u8], limit: u64) -> Result<Vec<u8>, BootError> {
-    decompress::payload(
-        &FileSource::new("kernel", &file(payload)).unwrap(),
-        0,
-        payload.len() as u64,
-        limit,
-    )
+    decompress::payload(&FileSource::new("kernel", &file(payload)).unwrap(), 0, payload.len() as u64, limit)
 }
 
 #[test]
@@ -117,11 +107,7 @@ fn payload_made_by_the_tools_of_the_kernels_build_is_decompressed() {
         with_size(include_bytes!("fixtures/calls.lz4").to_vec(), 8192),
     ];
     for fixture in fixtures {
-        assert!(
-            decompressed(&fixture, 8192).unwrap() == calls(),
-            "{:02x?}",
-            &fixture[..4]
-        );
+        assert!(decompressed(&fixture, 8192).unwrap() == calls(), "{:02x?}", &fixture[..4]);
     }
 }
 
@@ -151,15 +137,9 @@ fn payload_larger_than_announced_or_than_memory_is_refused() {
         let mut bomb = format(&vec![0; 2 << 20]);
         let word = bomb.len() - 4;
         bomb[word..].copy_from_slice(&8192u32.to_le_bytes());
-        assert!(matches!(
-            decompressed(&bomb, 1 << 20),
-            Err(BootError::Payload { .. })
-        ));
+        assert!(matches!(decompressed(&bomb, 1 << 20), Err(BootError::Payload { .. })));
         let error = decompressed(&format(&calls()), 8191).unwrap_err();
-        assert!(
-            matches!(&error, BootError::Field { field, .. } if field == "the uncompressed size"),
-            "{error}"
-        );
+        assert!(matches!(&error, BootError::Field { field, .. } if field == "the uncompressed size"), "{error}");
     }
 }
 
@@ -177,16 +157,10 @@ fn payload_of_an_unsupported_compression_is_named() {
         (&b"BZh91AY&SY"[..], "bzip2"),
         (b"\x5d\0\0\x80\0\xff\xff\xff\xff\xff", "lzma"),
         (b"\x89LZO\0\r\n\x1a\n\0", "lzo"),
-        (
-            b"\x7fELF\x02\x01\x01\0\0\0",
-            "unknown (it begins with [7f, 45, 4c, 46, 02, 01])",
-        ),
+        (b"\x7fELF\x02\x01\x01\0\0\0", "unknown (it begins with [7f, 45, 4c, 46, 02, 01])"),
     ] {
         let error = decompressed(magic, MIB).unwrap_err();
-        assert!(
-            matches!(&error, BootError::Field { value, .. } if value == name),
-            "{error}"
-        );
+        assert!(matches!(&error, BootError::Field { value, .. } if value == name), "{error}");
     }
 }
 
@@ -197,26 +171,11 @@ fn load_of_a_bzimage_with_a_field_out_of_range_names_it() {
         set(&mut file, offset, value);
         refusal(boot(&file))
     };
-    assert_eq!(
-        refused(VERSION, 0x0207),
-        "kernel (bzImage): the boot protocol version"
-    );
-    assert_eq!(
-        refused(PAYLOAD_OFFSET, u32::MAX),
-        "kernel (bzImage): payload_offset + payload_length"
-    );
-    assert_eq!(
-        refused(PAYLOAD_LENGTH, u32::MAX),
-        "kernel (bzImage): payload_offset + payload_length"
-    );
-    assert_eq!(
-        refused(PAYLOAD_LENGTH, 9),
-        "kernel (bzImage): payload_length"
-    );
-    assert_eq!(
-        refused(PAYLOAD_OFFSET, 0),
-        "kernel (bzImage): the payload's compression"
-    );
+    assert_eq!(refused(VERSION, 0x0207), "kernel (bzImage): the boot protocol version");
+    assert_eq!(refused(PAYLOAD_OFFSET, u32::MAX), "kernel (bzImage): payload_offset + payload_length");
+    assert_eq!(refused(PAYLOAD_LENGTH, u32::MAX), "kernel (bzImage): payload_offset + payload_length");
+    assert_eq!(refused(PAYLOAD_LENGTH, 9), "kernel (bzImage): payload_length");
+    assert_eq!(refused(PAYLOAD_OFFSET, 0), "kernel (bzImage): the payload's compression");
 }
 
 #[test]
@@ -224,16 +183,7 @@ fn load_of_a_bzimage_cut_in_its_setup_header_is_an_error() {
     let file = bzimage(&gzip(&TestKernel::small().to_elf()));
     for length in [MAGIC + 4, PAYLOAD_OFFSET, 0x26b] {
         let error = boot(&file[..length]).map(|(entry, _)| entry).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                BootError::Read {
-                    input: "kernel",
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, BootError::Read { input: "kernel", .. }), "{error}");
     }
 }
 
@@ -245,10 +195,7 @@ fn load_of_a_bzimage_hands_its_setup_header_to_the_kernel() {
     set(&mut file, PREF_ADDRESS, 0x100_0000);
     file[JUMP] = (PREF_ADDRESS - MAGIC) as u8;
     let page = read(&boot(&file).unwrap().1, layout::BOOT_PARAMS, 4096);
-    assert_eq!(
-        page[CODE32_START..CODE32_START + 4],
-        0x1234_5678u32.to_le_bytes()
-    );
+    assert_eq!(page[CODE32_START..CODE32_START + 4], 0x1234_5678u32.to_le_bytes());
     assert_eq!(page[PREF_ADDRESS..PREF_ADDRESS + 4], [0; 4]);
     assert_eq!(page[0x210], 0xff);
 }
@@ -264,21 +211,11 @@ fn kernel_release_is_the_first_word_of_a_bzimages_version() {
         }
         kernel_release(&file(&image))
     };
-    assert_eq!(
-        with_version(b"6.1.0-56-amd64 (debian) #1 SMP\0", 0x100).as_deref(),
-        Some("6.1.0-56-amd64")
-    );
-    assert_eq!(
-        with_version(b"6.12.1+\0garbage", 0x300).as_deref(),
-        Some("6.12.1+")
-    );
-    for (version, offset) in [
-        (&b"../../etc\0"[..], 0x100),
-        (b"6.1/..\0", 0x100),
-        (b"\0", 0x100),
-        (b"6.1\0", 0),
-        (b"6.1\0", 0xfff0),
-    ] {
+    assert_eq!(with_version(b"6.1.0-56-amd64 (debian) #1 SMP\0", 0x100).as_deref(), Some("6.1.0-56-amd64"));
+    assert_eq!(with_version(b"6.12.1+\0garbage", 0x300).as_deref(), Some("6.12.1+"));
+    for (version, offset) in
+        [(&b"../../etc\0"[..], 0x100), (b"6.1/..\0", 0x100), (b"\0", 0x100), (b"6.1\0", 0), (b"6.1\0", 0xfff0)]
+    {
         assert_eq!(with_version(version, offset), None, "{version:?}");
     }
     assert_eq!(kernel_release(&file(&TestKernel::small().to_elf())), None);

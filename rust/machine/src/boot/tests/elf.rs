@@ -21,36 +21,17 @@ fn load_of_an_elf_file_with_a_bad_identification_names_the_field() {
         (E_PHNUM, 0, "e_phnum"),
         (E_PHNUM, 65, "e_phnum"),
     ] {
-        assert_eq!(
-            broken(|elf| elf[offset] = value),
-            format!("kernel (ELF): {field}")
-        );
+        assert_eq!(broken(|elf| elf[offset] = value), format!("kernel (ELF): {field}"));
     }
 }
 
 #[test]
 fn load_of_a_segment_out_of_range_names_the_field() {
     for (offset, value, field) in [
-        (
-            E_PHOFF,
-            u64::MAX - 60,
-            "the end of the program header table (e_phoff)",
-        ),
-        (
-            E_PHOFF,
-            1 << 20,
-            "the end of the program header table (e_phoff)",
-        ),
-        (
-            P_OFFSET,
-            u64::MAX - 2,
-            "the end of segment 0 (p_offset + p_filesz)",
-        ),
-        (
-            P_OFFSET,
-            10_000,
-            "the end of segment 0 (p_offset + p_filesz)",
-        ),
+        (E_PHOFF, u64::MAX - 60, "the end of the program header table (e_phoff)"),
+        (E_PHOFF, 1 << 20, "the end of the program header table (e_phoff)"),
+        (P_OFFSET, u64::MAX - 2, "the end of segment 0 (p_offset + p_filesz)"),
+        (P_OFFSET, 10_000, "the end of segment 0 (p_offset + p_filesz)"),
         (P_FILESZ, 0x101, "p_filesz of segment 0"),
         (P_MEMSZ, 10 << 30, "p_memsz of segment 0"),
         (P_MEMSZ, u64::MAX, "p_memsz of segment 0"),
@@ -62,11 +43,7 @@ fn load_of_a_segment_out_of_range_names_the_field() {
         (E_ENTRY, 0x1000, "e_entry"),
         (E_ENTRY, MIB + 0x100, "e_entry"),
     ] {
-        assert_eq!(
-            broken(|elf| set(elf, offset, value)),
-            format!("kernel (ELF): {field}"),
-            "{value:#x}"
-        );
+        assert_eq!(broken(|elf| set(elf, offset, value)), format!("kernel (ELF): {field}"), "{value:#x}");
     }
 }
 
@@ -76,24 +53,14 @@ fn load_of_an_elf_file_without_loadable_segments_is_refused() {
     kernel.segments.truncate(1);
     let mut elf = kernel.to_elf();
     elf[FIRST_HEADER] = 4;
-    assert_eq!(
-        refusal(boot(&elf)),
-        "kernel (ELF): the number of PT_LOAD segments"
-    );
+    assert_eq!(refusal(boot(&elf)), "kernel (ELF): the number of PT_LOAD segments");
 }
 
 #[test]
 fn load_of_segments_that_touch_each_other_and_the_end_of_memory_succeeds() {
-    let segment = |address, memory_size| TestSegment {
-        address,
-        contents: vec![1; 16],
-        memory_size,
-    };
-    let kernel = TestKernel {
-        segments: vec![segment(MIB, 2 * MIB), segment(3 * MIB, MIB)],
-        entry_offset: 0,
-        padding: 0,
-    };
+    let segment = |address, memory_size| TestSegment { address, contents: vec![1; 16], memory_size };
+    let kernel =
+        TestKernel { segments: vec![segment(MIB, 2 * MIB), segment(3 * MIB, MIB)], entry_offset: 0, padding: 0 };
     let (entry, memory) = boot(&kernel.to_elf()).unwrap();
     assert_eq!(entry.kernel_end, MEMORY);
     assert_eq!(high_memory(&memory), kernel.model());

@@ -15,9 +15,7 @@ fn e820(memory: &GuestMemoryMmap) -> Vec<(u64, u64, u32)> {
     let page = page(memory);
     let table = page.e820_table;
     let entries = table.into_iter().take(page.e820_entries.into());
-    entries
-        .map(|entry| (entry.addr, entry.addr + entry.size, entry.r#type))
-        .collect()
+    entries.map(|entry| (entry.addr, entry.addr + entry.size, entry.r#type)).collect()
 }
 
 fn with(plan: &BootPlan<'_>) -> Result<(Entry, GuestMemoryMmap), BootError> {
@@ -26,20 +24,14 @@ fn with(plan: &BootPlan<'_>) -> Result<(Entry, GuestMemoryMmap), BootError> {
 }
 
 fn with_command_line(command_line: &str) -> Result<(Entry, GuestMemoryMmap), BootError> {
-    with(&BootPlan {
-        command_line,
-        ..plan(&file(&TestKernel::small().to_elf()))
-    })
+    with(&BootPlan { command_line, ..plan(&file(&TestKernel::small().to_elf())) })
 }
 
 /// With an initrd of this size.
 fn with_initrd(size: u64) -> Result<(Entry, GuestMemoryMmap), BootError> {
     let initrd = tempfile::tempfile().unwrap();
     initrd.set_len(size).unwrap();
-    with(&BootPlan {
-        initrd: Some(&initrd),
-        ..plan(&file(&TestKernel::small().to_elf()))
-    })
+    with(&BootPlan { initrd: Some(&initrd), ..plan(&file(&TestKernel::small().to_elf())) })
 }
 
 #[test]
@@ -58,30 +50,15 @@ fn e820_of_a_guest_over_three_gib_leaves_the_hole_for_devices() {
 #[test]
 fn load_fills_in_what_a_loader_must() {
     let kernel = file(&TestKernel::small().to_elf());
-    let words = BootPlan {
-        command_line: "console=ttyS0 quiet",
-        acpi: true,
-        rng_seed: [0xA5; 32],
-        ..plan(&kernel)
-    };
+    let words = BootPlan { command_line: "console=ttyS0 quiet", acpi: true, rng_seed: [0xA5; 32], ..plan(&kernel) };
     let (_, memory) = with(&words).unwrap();
     let page = page(&memory);
     let header = page.hdr;
-    assert_eq!(
-        (
-            { header.boot_flag },
-            { header.header },
-            header.type_of_loader
-        ),
-        (0xAA55, 0x5372_6448, 0xff)
-    );
+    assert_eq!(({ header.boot_flag }, { header.header }, header.type_of_loader), (0xAA55, 0x5372_6448, 0xff));
     assert_eq!(header.loadflags & 1, 1);
     assert_eq!({ page.acpi_rsdp_addr }, layout::RSDP);
     assert_eq!(({ header.ramdisk_image }, { header.ramdisk_size }), (0, 0));
-    assert_eq!(
-        read(&memory, header.cmd_line_ptr.into(), 20),
-        b"console=ttyS0 quiet\0"
-    );
+    assert_eq!(read(&memory, header.cmd_line_ptr.into(), 20), b"console=ttyS0 quiet\0");
     let mut seed = vec![0; 8];
     seed.extend([9, 0, 0, 0, 32, 0, 0, 0]);
     seed.extend([0xA5; 32]);
@@ -91,10 +68,7 @@ fn load_fills_in_what_a_loader_must() {
 #[test]
 fn command_line_out_of_limits_is_refused() {
     assert!(with_command_line(&"x".repeat(2047)).is_ok());
-    assert_eq!(
-        refusal(with_command_line(&"x".repeat(2048))),
-        "cmdline: its length"
-    );
+    assert_eq!(refusal(with_command_line(&"x".repeat(2048))), "cmdline: its length");
     for bad in ["a\0b", "a\nb", "é", "\x7f"] {
         assert_eq!(refusal(with_command_line(bad)), "cmdline: a character");
     }
@@ -115,10 +89,7 @@ fn parts_of_low_memory_do_not_overlap() {
     for pair in parts.windows(2) {
         assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
     }
-    assert!(
-        parts[4].0 + parts[4].1 <= 0x1_0000,
-        "Linux reserves the first 64 KiB, no more"
-    );
+    assert!(parts[4].0 + parts[4].1 <= 0x1_0000, "Linux reserves the first 64 KiB, no more");
 }
 
 #[test]
@@ -126,11 +97,7 @@ fn initrd_that_does_not_fit_is_refused() {
     let room = MEMORY - TestKernel::small().end();
     assert!(with_initrd(room & !4095).is_ok());
     for size in [0, room + 1, MEMORY, 5 << 30, 1 << 40] {
-        assert_eq!(
-            refusal(with_initrd(size)),
-            "initrd: the file's size",
-            "{size}"
-        );
+        assert_eq!(refusal(with_initrd(size)), "initrd: the file's size", "{size}");
     }
 }
 

@@ -50,16 +50,10 @@ const VIRTUAL: u64 = 0xffff_ffff_8000_0000;
 
 impl TestKernel {
     fn small() -> Self {
-        let segment = |address, contents: &[u8], memory_size| TestSegment {
-            address,
-            contents: contents.into(),
-            memory_size,
-        };
+        let segment =
+            |address, contents: &[u8], memory_size| TestSegment { address, contents: contents.into(), memory_size };
         Self {
-            segments: vec![
-                segment(MIB, b"first segment", 0x100),
-                segment(MIB + 0x1000, b"second", 0x2000),
-            ],
+            segments: vec![segment(MIB, b"first segment", 0x100), segment(MIB + 0x1000, b"second", 0x2000)],
             entry_offset: 3,
             padding: 5,
         }
@@ -70,11 +64,7 @@ impl TestKernel {
     }
 
     fn end(&self) -> u64 {
-        self.segments
-            .iter()
-            .map(|segment| segment.address + segment.memory_size)
-            .max()
-            .unwrap()
+        self.segments.iter().map(|segment| segment.address + segment.memory_size).max().unwrap()
     }
 
     fn to_elf(&self) -> Vec<u8> {
@@ -94,14 +84,7 @@ impl TestKernel {
             file.extend(7u32.to_le_bytes());
             let size = segment.contents.len() as u64;
             let virtual_address = segment.address + VIRTUAL;
-            for value in [
-                offset as u64,
-                virtual_address,
-                segment.address,
-                size,
-                segment.memory_size,
-                0,
-            ] {
+            for value in [offset as u64, virtual_address, segment.address, size, segment.memory_size, 0] {
                 file.extend(value.to_le_bytes());
             }
             offset += segment.contents.len();
@@ -127,34 +110,22 @@ impl TestKernel {
 /// Up to five segments that do not overlap, in any order in the file.
 fn kernels() -> impl Strategy<Value = TestKernel> {
     let segment = (0u64..0x3000, noise(0..0x1800), 1u64..0x2000);
-    (
-        prop::collection::vec(segment, 1..6),
-        any::<prop::sample::Index>(),
-        any::<bool>(),
-        0usize..40,
-    )
-        .prop_map(|(parts, entry, reverse, padding)| {
+    (prop::collection::vec(segment, 1..6), any::<prop::sample::Index>(), any::<bool>(), 0usize..40).prop_map(
+        |(parts, entry, reverse, padding)| {
             let mut next = MIB;
             let mut segments = Vec::new();
             for (gap, contents, more) in parts {
                 let memory_size = contents.len() as u64 + more;
-                segments.push(TestSegment {
-                    address: next + gap,
-                    contents,
-                    memory_size,
-                });
+                segments.push(TestSegment { address: next + gap, contents, memory_size });
                 next += gap + memory_size;
             }
             if reverse {
                 segments.reverse();
             }
             let entry_offset = entry.index(segments[0].memory_size as usize) as u64;
-            TestKernel {
-                segments,
-                entry_offset,
-                padding,
-            }
-        })
+            TestKernel { segments, entry_offset, padding }
+        },
+    )
 }
 
 /// Bytes without a pattern. One random number makes them all, because generating each takes too long.
@@ -162,9 +133,7 @@ fn noise(length: Range<usize>) -> impl Strategy<Value = Vec<u8>> {
     (length, any::<u64>()).prop_map(|(length, seed)| {
         let mut state = seed;
         let mut next = || {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 56) as u8
         };
         (0..length).map(|_| next()).collect()
@@ -178,15 +147,7 @@ fn file(contents: &[u8]) -> File {
 }
 
 fn plan(kernel: &File) -> BootPlan<'_> {
-    BootPlan {
-        kernel,
-        initrd: None,
-        command_line: "",
-        vcpus: 1,
-        devices: &[],
-        acpi: false,
-        rng_seed: [0; 32],
-    }
+    BootPlan { kernel, initrd: None, command_line: "", vcpus: 1, devices: &[], acpi: false, rng_seed: [0; 32] }
 }
 
 /// Loads a kernel file into fresh memory.
@@ -197,9 +158,7 @@ fn boot(kernel: &[u8]) -> Result<(Entry, GuestMemoryMmap), BootError> {
 
 fn read(memory: &GuestMemoryMmap, address: u64, length: u64) -> Vec<u8> {
     let mut bytes = vec![0; length as usize];
-    memory
-        .read_slice(&mut bytes, GuestAddress(address))
-        .unwrap();
+    memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
     bytes
 }
 
@@ -211,10 +170,7 @@ fn high_memory(memory: &GuestMemoryMmap) -> Vec<u8> {
 fn refusal(result: Result<(Entry, GuestMemoryMmap), BootError>) -> String {
     match result {
         Err(BootError::Field { input, field, .. }) => format!("{input}: {field}"),
-        other => panic!(
-            "not refused because of a field: {:?}",
-            other.map(|(entry, _)| entry)
-        ),
+        other => panic!("not refused because of a field: {:?}", other.map(|(entry, _)| entry)),
     }
 }
 
@@ -222,10 +178,7 @@ fn refusal(result: Result<(Entry, GuestMemoryMmap), BootError>) -> String {
 fn load_of_a_file_that_is_no_kernel_names_its_first_bytes() {
     for contents in [&b"#!/bin/sh\n"[..], b"x", &[0; 4096]] {
         let error = boot(contents).map(|(entry, _)| entry).unwrap_err();
-        assert!(
-            matches!(&error, BootError::UnknownKernel { magic } if contents.starts_with(magic)),
-            "{error}"
-        );
+        assert!(matches!(&error, BootError::UnknownKernel { magic } if contents.starts_with(magic)), "{error}");
     }
 }
 
@@ -241,7 +194,6 @@ fn load_of_an_empty_file_or_a_directory_is_refused() {
 #[test]
 fn load_needs_more_than_the_first_mebibyte() {
     let memory = ram(MIB).unwrap();
-    let result = load(&memory, &plan(&file(&TestKernel::small().to_elf())))
-        .map(|entry| (entry, memory.clone()));
+    let result = load(&memory, &plan(&file(&TestKernel::small().to_elf()))).map(|entry| (entry, memory.clone()));
     assert_eq!(refusal(result), "memory: the RAM at address 0");
 }
