@@ -43,12 +43,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// If the host refuses something; the device then needs a reset.
-    fn activate(
-        &mut self,
-        memory: GuestMemoryMmap,
-        queues: Vec<ActiveQueue>,
-        features: u64,
-    ) -> io::Result<()>;
+    fn activate(&mut self, memory: GuestMemoryMmap, queues: Vec<ActiveQueue>, features: u64) -> io::Result<()>;
 
     /// The driver kicked `queue`, or the last call said [`Progress::More`]. Handles a bounded number of chains.
     ///

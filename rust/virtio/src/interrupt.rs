@@ -19,10 +19,7 @@ pub struct Interrupt {
 impl Interrupt {
     /// `event` is written once per interrupt; with KVM it is an edge-triggered irqfd.
     pub fn new(event: EventFd) -> Interrupt {
-        Interrupt {
-            status: AtomicU32::new(0),
-            event,
-        }
+        Interrupt { status: AtomicU32::new(0), event }
     }
 
     /// Sets `bits` of the status register and raises the line.

@@ -44,14 +44,8 @@ impl Device for Rng {
         Vec::new()
     }
 
-    fn activate(
-        &mut self,
-        memory: GuestMemoryMmap,
-        queues: Vec<ActiveQueue>,
-        _: u64,
-    ) -> io::Result<()> {
-        let [queue] =
-            <[ActiveQueue; 1]>::try_from(queues).map_err(|_| io::ErrorKind::InvalidInput)?;
+    fn activate(&mut self, memory: GuestMemoryMmap, queues: Vec<ActiveQueue>, _: u64) -> io::Result<()> {
+        let [queue] = <[ActiveQueue; 1]>::try_from(queues).map_err(|_| io::ErrorKind::InvalidInput)?;
         self.active = Some((memory, queue));
         Ok(())
     }
@@ -61,11 +55,7 @@ impl Device for Rng {
             return Ok(Progress::Done);
         };
         queue.drain(memory, BUDGET, |queue, chain| {
-            let Chain {
-                mut writable,
-                token,
-                ..
-            } = chain;
+            let Chain { mut writable, token, .. } = chain;
             if writable.remaining() == 0 {
                 return Err(Malformed::Request("rng buffer is not writable"));
             }
@@ -98,19 +88,12 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     /// What comes of one request for these buffers.
-    fn request(
-        buffers: &[(u64, u32, bool)],
-    ) -> (
-        Result<Progress, Malformed>,
-        Vec<(u16, u32)>,
-        GuestMemoryMmap,
-    ) {
+    fn request(buffers: &[(u64, u32, bool)]) -> (Result<Progress, Malformed>, Vec<(u16, u32)>, GuestMemoryMmap) {
         let memory = guest_memory();
         let mut ring = Ring::new(&memory, 0x1000, 8);
         let (interrupt, _) = interrupt();
         let mut rng = Rng::new();
-        rng.activate(memory.clone(), activate(&[&ring], true, &interrupt), 0)
-            .unwrap();
+        rng.activate(memory.clone(), activate(&[&ring], true, &interrupt), 0).unwrap();
         ring.add(buffers).unwrap();
         let progress = rng.process(0);
         (progress, ring.take_used(), memory)
@@ -121,9 +104,7 @@ mod tests {
         let (_, used, memory) = request(&[(BUFFERS, 100, true), (BUFFERS + 4096, 5000, true)]);
         assert_eq!(used[0].1, 5100);
         let mut bytes = vec![0; 5000];
-        memory
-            .read_slice(&mut bytes, GuestAddress(BUFFERS + 4096))
-            .unwrap();
+        memory.read_slice(&mut bytes, GuestAddress(BUFFERS + 4096)).unwrap();
         // 16 zero bytes in a row at either end happen once in 2^128.
         assert!(bytes[..16] != [0; 16] && bytes[4984..] != [0; 16]);
     }

@@ -102,29 +102,19 @@ impl Ring {
         bytes
             .iter_mut()
             .zip(
-                [
-                    address.to_le_bytes().as_slice(),
-                    &length.to_le_bytes(),
-                    &flags.to_le_bytes(),
-                    &next.to_le_bytes(),
-                ]
-                .concat(),
+                [address.to_le_bytes().as_slice(), &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()]
+                    .concat(),
             )
             .for_each(|(slot, byte)| *slot = byte);
         self.memory
-            .write_slice(
-                &bytes,
-                GuestAddress(self.descriptors + 16 * u64::from(index)),
-            )
+            .write_slice(&bytes, GuestAddress(self.descriptors + 16 * u64::from(index)))
             .expect("descriptor table");
     }
 
     /// Puts a head on the available ring, whatever it is.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.next_available % self.size);
-        self.memory
-            .write_obj(head.to_le(), GuestAddress(self.available + 4 + 2 * slot))
-            .expect("available ring");
+        self.memory.write_obj(head.to_le(), GuestAddress(self.available + 4 + 2 * slot)).expect("available ring");
         self.next_available = self.next_available.wrapping_add(1);
         self.set_available_index(self.next_available);
     }
@@ -132,28 +122,19 @@ impl Ring {
     /// Writes the available index.
     pub fn set_available_index(&self, index: u16) {
         self.memory
-            .store(
-                index.to_le(),
-                GuestAddress(self.available + 2),
-                std::sync::atomic::Ordering::Release,
-            )
+            .store(index.to_le(), GuestAddress(self.available + 2), std::sync::atomic::Ordering::Release)
             .expect("available ring");
     }
 
     /// Writes the available ring's flags.
     pub fn set_flags(&self, flags: u16) {
-        self.memory
-            .write_obj(flags.to_le(), GuestAddress(self.available))
-            .expect("available ring");
+        self.memory.write_obj(flags.to_le(), GuestAddress(self.available)).expect("available ring");
     }
 
     /// Asks for an interrupt when the entry with this index is used (EVENT_IDX).
     pub fn set_used_event(&self, index: u16) {
         self.memory
-            .write_obj(
-                index.to_le(),
-                GuestAddress(self.available + 4 + 2 * u64::from(self.size)),
-            )
+            .write_obj(index.to_le(), GuestAddress(self.available + 4 + 2 * u64::from(self.size)))
             .expect("available ring");
     }
 
@@ -165,11 +146,7 @@ impl Ring {
 
     /// Flags of the used ring.
     pub fn used_flags(&self) -> u16 {
-        u16::from_le(
-            self.memory
-                .read_obj(GuestAddress(self.used))
-                .expect("used ring"),
-        )
+        u16::from_le(self.memory.read_obj(GuestAddress(self.used)).expect("used ring"))
     }
 
     /// Makes a correct chain of free descriptors and offers it: its head, or `None` if there are too few.
@@ -192,24 +169,15 @@ impl Ring {
 
     /// Takes new entries from the used ring: (head, bytes written).
     pub fn take_used(&mut self) -> Vec<(u16, u32)> {
-        let index: u16 = self
-            .memory
-            .load(
-                GuestAddress(self.used + 2),
-                std::sync::atomic::Ordering::Acquire,
-            )
-            .expect("used ring");
+        let index: u16 =
+            self.memory.load(GuestAddress(self.used + 2), std::sync::atomic::Ordering::Acquire).expect("used ring");
         let mut entries = Vec::new();
         while self.next_used != u16::from_le(index) {
             let slot = self.used + 4 + 8 * u64::from(self.next_used % self.size);
             let head: u32 = self.memory.read_obj(GuestAddress(slot)).expect("used ring");
-            let length: u32 = self
-                .memory
-                .read_obj(GuestAddress(slot + 4))
-                .expect("used ring");
+            let length: u32 = self.memory.read_obj(GuestAddress(slot + 4)).expect("used ring");
             let head = u16::try_from(u32::from_le(head)).expect("a head");
-            self.free
-                .extend(self.chains.remove(&head).unwrap_or_default());
+            self.free.extend(self.chains.remove(&head).unwrap_or_default());
             entries.push((head, u32::from_le(length)));
             self.next_used = self.next_used.wrapping_add(1);
         }
@@ -263,11 +231,7 @@ pub fn start(transport: &MmioTransport, rings: &[&Ring], features: u64) -> u32 {
     for (ring, index) in rings.iter().zip(0u32..) {
         write(0x30, index);
         write(0x38, u32::from(ring.size));
-        for (register, address) in [
-            (0x80, ring.descriptors),
-            (0x90, ring.available),
-            (0xa0, ring.used),
-        ] {
+        for (register, address) in [(0x80, ring.descriptors), (0x90, ring.available), (0xa0, ring.used)] {
             write(register, low(address));
             write(register + 4, low(address >> 32));
         }

@@ -14,9 +14,7 @@ pub enum BlockError {
     #[error("a disk must be a regular file or a block device; hint: give a raw image")]
     Kind,
     /// Its length.
-    #[error(
-        "disk of {length} bytes: must be a multiple of 512 and not 0; hint: pad it with truncate --size=%512 FILE"
-    )]
+    #[error("disk of {length} bytes: must be a multiple of 512 and not 0; hint: pad it with truncate --size=%512 FILE")]
     Length {
         /// Length of the file.
         length: u64,
@@ -58,11 +56,7 @@ impl Disk {
         if length == 0 || length.checked_rem(SECTOR) != Some(0) || i64::try_from(length).is_err() {
             return Err(BlockError::Length { length });
         }
-        Ok(Disk {
-            file,
-            length,
-            read_only,
-        })
+        Ok(Disk { file, length, read_only })
     }
 
     pub fn sectors(&self) -> u64 {
@@ -116,11 +110,7 @@ impl Disk {
     pub fn write_zeroes(&self, sector: u64, sectors: u32, may_unmap: bool) -> Result<(), Failed> {
         let length = u64::from(sectors).saturating_mul(SECTOR);
         let offset = self.locate(sector, length)?;
-        let how = if may_unmap {
-            FallocateFlags::PUNCH_HOLE
-        } else {
-            FallocateFlags::ZERO_RANGE
-        };
+        let how = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         match self.deallocate(offset, length, how) {
             Err(rustix::io::Errno::OPNOTSUPP) => self.overwrite(offset, length),
             result => result.map_err(|_| Failed),
@@ -137,8 +127,7 @@ impl Disk {
     fn overwrite(&self, mut offset: u64, mut left: u64) -> Result<(), Failed> {
         while left > 0 {
             let count = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROS.len());
-            self.file
-                .write_all_at(ZEROS.get(..count).unwrap_or_default(), offset)?;
+            self.file.write_all_at(ZEROS.get(..count).unwrap_or_default(), offset)?;
             let done = u64::try_from(count).map_err(|_| Failed)?;
             offset = offset.saturating_add(done);
             left = left.saturating_sub(done);

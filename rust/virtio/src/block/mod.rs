@@ -13,8 +13,8 @@ use disk::Disk;
 use std::fs::File;
 use std::io;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestMemoryMmap;
@@ -65,8 +65,7 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let common =
-            (1 << VIRTIO_BLK_F_SEG_MAX) | (1 << VIRTIO_BLK_F_BLK_SIZE) | (1 << VIRTIO_BLK_F_FLUSH);
+        let common = (1 << VIRTIO_BLK_F_SEG_MAX) | (1 << VIRTIO_BLK_F_BLK_SIZE) | (1 << VIRTIO_BLK_F_FLUSH);
         let more = if self.disk.is_read_only() {
             1 << VIRTIO_BLK_F_RO
         } else {
@@ -96,29 +95,14 @@ impl Device for Block {
         space
     }
 
-    fn activate(
-        &mut self,
-        memory: GuestMemoryMmap,
-        queues: Vec<ActiveQueue>,
-        features: u64,
-    ) -> io::Result<()> {
-        let [queue] =
-            <[ActiveQueue; 1]>::try_from(queues).map_err(|_| io::ErrorKind::InvalidInput)?;
-        self.active = Some(Active {
-            memory,
-            queue,
-            features,
-        });
+    fn activate(&mut self, memory: GuestMemoryMmap, queues: Vec<ActiveQueue>, features: u64) -> io::Result<()> {
+        let [queue] = <[ActiveQueue; 1]>::try_from(queues).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.active = Some(Active { memory, queue, features });
         Ok(())
     }
 
     fn process(&mut self, _: usize) -> Result<Progress, Malformed> {
-        let Some(Active {
-            memory,
-            queue,
-            features,
-        }) = &mut self.active
-        else {
+        let Some(Active { memory, queue, features }) = &mut self.active else {
             return Ok(Progress::Done);
         };
         queue.drain(memory, BUDGET, |queue, chain| {

@@ -5,10 +5,9 @@ use super::disk::{Disk, Failed};
 use super::{MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::queue::{Malformed, Reader, Writer};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 /// What GET_ID answers.
@@ -39,9 +38,7 @@ pub(super) fn execute(
     mut writable: Writer<'_>,
 ) -> Result<u32, Malformed> {
     let mut header = [0u8; 16];
-    readable
-        .read_exact(&mut header)
-        .map_err(|_| Malformed::Request("block request without a whole header"))?;
+    readable.read_exact(&mut header).map_err(|_| Malformed::Request("block request without a whole header"))?;
     let Some(answer) = writable.remaining().checked_sub(1) else {
         return Err(Malformed::Request("block request without a status byte"));
     };
@@ -118,9 +115,7 @@ fn for_each_range(
     mut apply: impl FnMut(u64, u32, u32) -> Result<(), Refused>,
 ) -> Result<(), Refused> {
     let length = readable.remaining();
-    let limit = usize::try_from(MAX_RANGES)
-        .unwrap_or(usize::MAX)
-        .saturating_mul(RANGE_BYTES);
+    let limit = usize::try_from(MAX_RANGES).unwrap_or(usize::MAX).saturating_mul(RANGE_BYTES);
     if length == 0 || length > limit || length.checked_rem(RANGE_BYTES) != Some(0) {
         return Err(Refused::Failed);
     }
@@ -135,11 +130,7 @@ fn for_each_range(
         if sectors > MAX_RANGE_SECTORS {
             return Err(Refused::Failed);
         }
-        apply(
-            u64::from_le_bytes(sector),
-            sectors,
-            u32::from_le_bytes(flags),
-        )?;
+        apply(u64::from_le_bytes(sector), sectors, u32::from_le_bytes(flags))?;
     }
     Ok(())
 }

@@ -39,24 +39,12 @@ impl Bench {
         let (interrupt, _) = interrupt();
         let queues = activate(&[&ring], true, &interrupt);
         disk.activate(memory.clone(), queues, features).unwrap();
-        Bench {
-            memory,
-            ring,
-            disk,
-            file,
-        }
+        Bench { memory, ring, disk, file }
     }
 
     fn header(&self, kind: u32, sector: u64) {
-        let bytes = [
-            kind.to_le_bytes().as_slice(),
-            &[0; 4],
-            &sector.to_le_bytes(),
-        ]
-        .concat();
-        self.memory
-            .write_slice(&bytes, GuestAddress(HEADER))
-            .unwrap();
+        let bytes = [kind.to_le_bytes().as_slice(), &[0; 4], &sector.to_le_bytes()].concat();
+        self.memory.write_slice(&bytes, GuestAddress(HEADER)).unwrap();
     }
 
     /// A request with these data buffers: status and used length.
@@ -68,10 +56,7 @@ impl Bench {
         assert_eq!(self.disk.process(0), Ok(Progress::Done));
         let used = self.ring.take_used();
         assert_eq!(used.len(), 1);
-        (
-            self.memory.read_obj(GuestAddress(STATUS)).unwrap(),
-            used[0].1,
-        )
+        (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), used[0].1)
     }
 
     fn ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
@@ -82,28 +67,17 @@ impl Bench {
             bytes.extend(flags.to_le_bytes());
         }
         self.memory.write_slice(&bytes, GuestAddress(DATA)).unwrap();
-        self.request(
-            kind,
-            0,
-            &[(DATA, u32::try_from(bytes.len()).unwrap(), false)],
-        )
-        .0
+        self.request(kind, 0, &[(DATA, u32::try_from(bytes.len()).unwrap(), false)]).0
     }
 }
 
 #[test]
 fn test_new_unfit_files_are_refused() {
     let empty = tempfile::tempfile().unwrap();
-    assert!(matches!(
-        Block::new(empty, true),
-        Err(BlockError::Length { length: 0 })
-    ));
+    assert!(matches!(Block::new(empty, true), Err(BlockError::Length { length: 0 })));
     let odd = tempfile::tempfile().unwrap();
     odd.set_len(513).unwrap();
-    assert!(matches!(
-        Block::new(odd, true),
-        Err(BlockError::Length { length: 513 })
-    ));
+    assert!(matches!(Block::new(odd, true), Err(BlockError::Length { length: 513 })));
     let directory = File::open("/").unwrap();
     assert!(matches!(Block::new(directory, true), Err(BlockError::Kind)));
     let null = File::open("/dev/null").unwrap();
@@ -143,11 +117,7 @@ fn test_read_in_and_out_of_range() {
         (0, 511),
         (0, 1),
     ] {
-        assert_eq!(
-            bench.request(0, sector, &data(length)),
-            (IOERR, 0),
-            "{sector} {length}"
-        );
+        assert_eq!(bench.request(0, sector, &data(length)), (IOERR, 0), "{sector} {length}");
     }
     // No data at all.
     assert_eq!(bench.request(0, 0, &[]).0, IOERR);
@@ -167,12 +137,7 @@ fn test_write_read_only_disk_is_refused_and_unchanged() {
 #[test]
 fn test_write_out_of_range_changes_nothing() {
     let mut bench = Bench::new(false, FLUSH);
-    for (sector, length) in [
-        (SECTORS, 512),
-        (SECTORS - 1, 1024),
-        (u64::MAX, 512),
-        (0, 513),
-    ] {
+    for (sector, length) in [(SECTORS, 512), (SECTORS - 1, 1024), (u64::MAX, 512), (0, 513)] {
         assert_eq!(bench.request(1, sector, &[(DATA, length, false)]).0, IOERR);
     }
     assert_eq!(bench.request(1, 0, &[(DATA, 512, true)]).0, IOERR);
@@ -183,11 +148,7 @@ fn test_write_out_of_range_changes_nothing() {
 fn test_unknown_kinds_are_unsupported() {
     let mut bench = Bench::new(false, FLUSH);
     for kind in [2, 3, 5, 7, 9, 11, 13, 14, 26, 0x8000_0000, u32::MAX] {
-        assert_eq!(
-            bench.request(kind, 0, &[(DATA, 512, true)]).0,
-            UNSUPP,
-            "{kind}"
-        );
+        assert_eq!(bench.request(kind, 0, &[(DATA, 512, true)]).0, UNSUPP, "{kind}");
     }
 }
 
@@ -196,10 +157,7 @@ fn test_get_id_takes_exactly_20_bytes() {
     let mut bench = Bench::new(true, FLUSH);
     assert_eq!(bench.request(8, 0, &[(DATA, 20, true)]), (OK, 21));
     let mut identity = [0xff; 20];
-    bench
-        .memory
-        .read_slice(&mut identity, GuestAddress(DATA))
-        .unwrap();
+    bench.memory.read_slice(&mut identity, GuestAddress(DATA)).unwrap();
     assert_eq!(&identity, b"microvm\0\0\0\0\0\0\0\0\0\0\0\0\0");
     for length in [1, 19, 21] {
         assert_eq!(bench.request(8, 0, &[(DATA, length, true)]).0, IOERR);
@@ -218,20 +176,14 @@ fn test_requests_that_cannot_be_answered_are_malformed() {
         let mut bench = Bench::new(true, FLUSH);
         bench.header(0, 0);
         bench.ring.add(chain).unwrap();
-        assert!(
-            matches!(bench.disk.process(0), Err(Malformed::Request(_))),
-            "{chain:?}"
-        );
+        assert!(matches!(bench.disk.process(0), Err(Malformed::Request(_))), "{chain:?}");
         // After a reset it works.
         bench.disk.reset();
         assert_eq!(bench.disk.process(0), Ok(Progress::Done));
         bench.ring = Ring::new(&bench.memory, 0x8000, 16);
         let (interrupt, _) = interrupt();
         let queues = activate(&[&bench.ring], true, &interrupt);
-        bench
-            .disk
-            .activate(bench.memory.clone(), queues, FLUSH)
-            .unwrap();
+        bench.disk.activate(bench.memory.clone(), queues, FLUSH).unwrap();
         assert_eq!(bench.request(0, 0, &[(DATA, 512, true)]).0, OK);
     }
 }
@@ -241,12 +193,7 @@ fn test_header_and_status_cut_anywhere_are_understood() {
     let mut bench = Bench::new(true, FLUSH);
     bench.header(0, 3);
     // Header in three pieces; data and status in one buffer.
-    let chain = [
-        (HEADER, 1, false),
-        (HEADER + 1, 8, false),
-        (HEADER + 9, 7, false),
-        (DATA, 513, true),
-    ];
+    let chain = [(HEADER, 1, false), (HEADER + 1, 8, false), (HEADER + 9, 7, false), (DATA, 513, true)];
     bench.ring.add(&chain).unwrap();
     assert_eq!(bench.disk.process(0), Ok(Progress::Done));
     assert_eq!(bench.ring.take_used()[0].1, 513);
@@ -281,10 +228,7 @@ fn test_ranges_longer_than_the_limit_are_refused_though_the_disk_is_larger() {
     bench.disk = Block::new(bench.file.try_clone().unwrap(), false).unwrap();
     let (interrupt, _) = interrupt();
     let queues = activate(&[&bench.ring], true, &interrupt);
-    bench
-        .disk
-        .activate(bench.memory.clone(), queues, FLUSH | RANGES)
-        .unwrap();
+    bench.disk.activate(bench.memory.clone(), queues, FLUSH | RANGES).unwrap();
     for kind in [11, 13] {
         assert_eq!(bench.ranges(kind, &[(0, MAX_RANGE_SECTORS, 0)]), OK);
         assert_eq!(bench.ranges(kind, &[(0, MAX_RANGE_SECTORS + 1, 0)]), IOERR);
@@ -309,10 +253,7 @@ fn test_host_error_is_an_error_status() {
     let (interrupt, _) = interrupt();
     bench.disk = Block::new(File::open(path.path()).unwrap(), false).unwrap();
     let queues = activate(&[&bench.ring], true, &interrupt);
-    bench
-        .disk
-        .activate(bench.memory.clone(), queues, FLUSH)
-        .unwrap();
+    bench.disk.activate(bench.memory.clone(), queues, FLUSH).unwrap();
     assert_eq!(bench.request(1, 0, &[(DATA, 512, false)]).0, IOERR);
     assert_eq!(bench.request(0, 0, &[(DATA, 512, true)]).0, OK);
 }
@@ -323,16 +264,10 @@ fn test_process_more_requests_than_the_budget_says_more() {
     bench.ring = Ring::new(&bench.memory, 0x8000, 256);
     let (interrupt, line) = interrupt();
     let queues = activate(&[&bench.ring], true, &interrupt);
-    bench
-        .disk
-        .activate(bench.memory.clone(), queues, FLUSH)
-        .unwrap();
+    bench.disk.activate(bench.memory.clone(), queues, FLUSH).unwrap();
     bench.header(4, 0);
     for _ in 0..20 {
-        bench
-            .ring
-            .add(&[(HEADER, 16, false), (STATUS, 1, true)])
-            .unwrap();
+        bench.ring.add(&[(HEADER, 16, false), (STATUS, 1, true)]).unwrap();
     }
     assert_eq!(bench.disk.process(0), Ok(Progress::More));
     assert_eq!(line.read().unwrap(), 1);
@@ -353,32 +288,25 @@ fn step() -> impl Strategy<Value = Step> {
     let sector = || 0u64..SECTORS + 2;
     // Buffers of any cut that sum to whole sectors most of the time.
     let cuts = || {
-        (
-            1u32..6,
-            proptest::collection::vec(1u32..900, 0..4),
-            any::<bool>(),
-        )
-            .prop_map(|(sectors, cuts, whole)| {
-                let mut left = sectors * 512 + u32::from(!whole);
-                let mut lengths = Vec::new();
-                for cut in cuts {
-                    if cut < left {
-                        lengths.push(cut);
-                        left -= cut;
-                    }
+        (1u32..6, proptest::collection::vec(1u32..900, 0..4), any::<bool>()).prop_map(|(sectors, cuts, whole)| {
+            let mut left = sectors * 512 + u32::from(!whole);
+            let mut lengths = Vec::new();
+            for cut in cuts {
+                if cut < left {
+                    lengths.push(cut);
+                    left -= cut;
                 }
-                lengths.push(left);
-                lengths
-            })
+            }
+            lengths.push(left);
+            lengths
+        })
     };
     prop_oneof![
         (sector(), cuts()).prop_map(|(sector, cuts)| Step::Read(sector, cuts)),
-        (sector(), cuts(), any::<u8>())
-            .prop_map(|(sector, cuts, byte)| Step::Write(sector, cuts, byte)),
+        (sector(), cuts(), any::<u8>()).prop_map(|(sector, cuts, byte)| Step::Write(sector, cuts, byte)),
         Just(Step::Flush),
         (sector(), 0u32..6).prop_map(|(sector, count)| Step::Discard(sector, count)),
-        (sector(), 0u32..6, any::<bool>())
-            .prop_map(|(sector, count, unmap)| Step::Zero(sector, count, unmap)),
+        (sector(), 0u32..6, any::<bool>()).prop_map(|(sector, count, unmap)| Step::Zero(sector, count, unmap)),
     ]
 }
 

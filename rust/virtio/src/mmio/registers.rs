@@ -144,19 +144,14 @@ impl Registers {
         }
         match self.driver_features_select {
             0 => self.driver_features = (self.driver_features & !0xffff_ffff) | u64::from(value),
-            1 => {
-                self.driver_features =
-                    (self.driver_features & 0xffff_ffff) | (u64::from(value) << 32)
-            }
+            1 => self.driver_features = (self.driver_features & 0xffff_ffff) | (u64::from(value) << 32),
             _ => self.excess_features |= value != 0,
         }
     }
 
     fn write_queue(&mut self, register: u64, value: u32) {
         // Configuration is possible between FEATURES_OK and DRIVER_OK only.
-        if self.status & (status::FEATURES_OK | status::DRIVER_OK | status::FAILED)
-            != status::FEATURES_OK
-        {
+        if self.status & (status::FEATURES_OK | status::DRIVER_OK | status::FAILED) != status::FEATURES_OK {
             return;
         }
         let Ok(index) = usize::try_from(self.queue_select) else {
@@ -195,10 +190,7 @@ impl Registers {
             return StatusChange::Reset;
         }
         let value = value & !status::NEEDS_RESET;
-        if value & !status::ALL != 0
-            || self.status & !value != 0
-            || self.status & status::FAILED != 0
-        {
+        if value & !status::ALL != 0 || self.status & !value != 0 || self.status & status::FAILED != 0 {
             return StatusChange::None;
         }
         if value & status::FAILED != 0 {
@@ -221,11 +213,7 @@ impl Registers {
         }
         let started = next & !self.status & status::DRIVER_OK != 0;
         self.status = next;
-        if started {
-            StatusChange::Start
-        } else {
-            StatusChange::None
-        }
+        if started { StatusChange::Start } else { StatusChange::None }
     }
 
     fn features_acceptable(&self) -> bool {

@@ -6,8 +6,7 @@ use crate::device::{Device, Progress};
 use crate::queue::{ActiveQueue, Malformed};
 use crate::rng::Rng;
 use crate::testing::{
-    BUFFERS, EVENT_IDX, HOLE, Ring, VERSION_1, event, guest_memory, read_register, start,
-    write_register,
+    BUFFERS, EVENT_IDX, HOLE, Ring, VERSION_1, event, guest_memory, read_register, start, write_register,
 };
 use proptest::prelude::*;
 use std::io;
@@ -32,11 +31,7 @@ impl Bench {
         let line = event();
         let copy = line.try_clone().unwrap();
         let transport = MmioTransport::spawn("test", device, memory.clone(), copy).unwrap();
-        Bench {
-            memory,
-            transport,
-            line,
-        }
+        Bench { memory, transport, line }
     }
 
     fn rng() -> Bench {
@@ -69,9 +64,7 @@ impl Bench {
 
 fn clear(memory: &GuestMemoryMmap, ring: &Ring) {
     use vm_memory::{Bytes, GuestAddress};
-    memory
-        .write_slice(&[0; 0x1000], GuestAddress(ring.descriptors))
-        .unwrap();
+    memory.write_slice(&[0; 0x1000], GuestAddress(ring.descriptors)).unwrap();
 }
 
 fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> Option<T> {
@@ -130,10 +123,7 @@ impl Device for Told {
 }
 
 fn two_rings(bench: &Bench) -> [Ring; 2] {
-    [
-        Ring::new(&bench.memory, 0x1000, 8),
-        Ring::new(&bench.memory, 0x3000, 16),
-    ]
+    [Ring::new(&bench.memory, 0x1000, 8), Ring::new(&bench.memory, 0x3000, 16)]
 }
 
 #[test]
@@ -149,10 +139,7 @@ fn test_registers_identify_the_device() {
         assert_eq!(read(0x10), 0);
     }
     // No shared memory: length -1. No queue reset. No such queue: limit 0.
-    assert_eq!(
-        [read(0xb0), read(0xb4), read(0xc0)],
-        [u32::MAX, u32::MAX, 0]
-    );
+    assert_eq!([read(0xb0), read(0xb4), read(0xc0)], [u32::MAX, u32::MAX, 0]);
     let limits = [0, 1, 2, u32::MAX].map(|queue| {
         bench.write(0x30, queue);
         read(0x34)
@@ -168,18 +155,9 @@ fn test_read_odd_widths_are_zeros_in_registers_and_bytes_in_configuration() {
         bench.transport.read(offset, &mut bytes);
         bytes
     };
-    for (offset, width) in [
-        (0, 1),
-        (0, 2),
-        (0, 8),
-        (1, 4),
-        (2, 4),
-        (0xfe, 4),
-        (0xfc, 8),
-        (0x14, 4),
-        (0x20, 4),
-        (0xcc, 4),
-    ] {
+    for (offset, width) in
+        [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4), (0xfe, 4), (0xfc, 8), (0x14, 4), (0x20, 4), (0xcc, 4)]
+    {
         assert_eq!(read(offset, width), vec![0; width], "{offset:#x} {width}");
     }
     assert_eq!(read(0x100, 8), [1, 2, 3, 4, 5, 6, 7, 0]);
@@ -310,11 +288,7 @@ fn test_queue_of_a_ready_queue_does_not_change() {
     bench.write(0x20, 1);
     bench.write(STATUS, 0xb);
     bench.write(0x38, 8);
-    for (register, address) in [
-        (0x80, ring.descriptors),
-        (0x90, ring.available),
-        (0xa0, ring.used),
-    ] {
+    for (register, address) in [(0x80, ring.descriptors), (0x90, ring.available), (0xa0, ring.used)] {
         bench.write(register, u32::try_from(address).unwrap());
     }
     bench.write(0x44, 1);
@@ -440,10 +414,7 @@ fn test_device_panic_needs_reset_then_works_again() {
     assert!(becomes_true(|| bench.status() == 0xf | NEEDS_RESET));
     assert!(resets.load(Ordering::SeqCst) > 0);
     panic.store(false, Ordering::SeqCst);
-    assert_eq!(
-        start(&bench.transport, &[&rings[0], &rings[1]], VERSION_1),
-        0xf
-    );
+    assert_eq!(start(&bench.transport, &[&rings[0], &rings[1]], VERSION_1), 0xf);
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(bench.status(), 0xf);
 }
@@ -530,19 +501,14 @@ fn test_worker_takes_no_signals() {
         let path = task.unwrap().path();
         let comm = std::fs::read_to_string(path.join("comm")).unwrap_or_default();
         let status = std::fs::read_to_string(path.join("status")).unwrap_or_default();
-        let blocked = status
-            .lines()
-            .find_map(|line| line.strip_prefix("SigBlk:\t"));
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t"));
         if let (true, Some(blocked)) = (comm == "test\n", blocked) {
             masks.push(u64::from_str_radix(blocked, 16).unwrap());
         }
     }
     // SIGKILL, SIGSTOP and the C library's own two cannot be blocked.
     let all = !(1 << 8 | 1 << 18 | 1 << 31 | 1 << 32);
-    assert!(
-        !masks.is_empty() && masks.iter().all(|mask| mask & all == all),
-        "{masks:x?}"
-    );
+    assert!(!masks.is_empty() && masks.iter().all(|mask| mask & all == all), "{masks:x?}");
     bench.transport.stop();
 }
 
@@ -550,16 +516,13 @@ fn test_worker_takes_no_signals() {
 fn access() -> impl Strategy<Value = (u64, Vec<u8>)> {
     let register = prop_oneof![
         prop::sample::select(vec![
-            0x14u64, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94, 0xa0,
-            0xa4, 0xac, 0xc0,
+            0x14u64, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4, 0xac, 0xc0,
         ]),
         0u64..0x1100,
         any::<u64>(),
     ];
     let word = prop_oneof![
-        prop::sample::select(vec![
-            0u32, 1, 2, 3, 4, 7, 8, 0xb, 0xf, 0x1000, 0x2000, 0x3000, 0x40, 0x80
-        ]),
+        prop::sample::select(vec![0u32, 1, 2, 3, 4, 7, 8, 0xb, 0xf, 0x1000, 0x2000, 0x3000, 0x40, 0x80]),
         any::<u32>(),
     ]
     .prop_map(|word| word.to_le_bytes().to_vec());

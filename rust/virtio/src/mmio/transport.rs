@@ -65,19 +65,12 @@ impl MmioTransport {
             configuration: device.config_space(),
             memory: memory.clone(),
             shared: Arc::clone(&shared),
-            state: Mutex::new(State {
-                registers: Registers::new(offered, limits),
-                resets: 0,
-                resetting: false,
-            }),
+            state: Mutex::new(State { registers: Registers::new(offered, limits), resets: 0, resetting: false }),
             worker: Mutex::new(None),
         };
         let worker = Worker::new(device, memory, shared)?;
-        let thread = with_signals_blocked(|| {
-            std::thread::Builder::new()
-                .name(name.to_owned())
-                .spawn(move || worker.run())
-        })?;
+        let thread =
+            with_signals_blocked(|| std::thread::Builder::new().name(name.to_owned()).spawn(move || worker.run()))?;
         *lock(&transport.worker) = Some(thread);
         Ok(Arc::new(transport))
     }
@@ -159,9 +152,7 @@ impl MmioTransport {
     }
 
     fn kick(&self, queue: u32) {
-        let event = usize::try_from(queue)
-            .ok()
-            .and_then(|queue| self.shared.queue_events.get(queue));
+        let event = usize::try_from(queue).ok().and_then(|queue| self.shared.queue_events.get(queue));
         if let Some(event) = event {
             // The only possible error is a full counter: the worker has not seen the last kick yet.
             let _: io::Result<()> = event.write(1);
@@ -199,12 +190,7 @@ impl MmioTransport {
     fn start(&self, registers: &Registers) {
         let features = registers.features();
         let event_idx = features & EVENT_IDX != 0;
-        match validate(
-            &registers.queues,
-            &self.memory,
-            event_idx,
-            &self.shared.interrupt,
-        ) {
+        match validate(&registers.queues, &self.memory, event_idx, &self.shared.interrupt) {
             Ok(queues) => self.shared.send(Command::Activate { queues, features }),
             Err(error) => self.shared.fault(error.to_string()),
         }

@@ -20,10 +20,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 pub(super) enum Command {
-    Activate {
-        queues: Vec<ActiveQueue>,
-        features: u64,
-    },
+    Activate { queues: Vec<ActiveQueue>, features: u64 },
     Reset,
     Stop,
 }
@@ -50,9 +47,8 @@ pub(super) struct Shared {
 
 impl Shared {
     pub fn new(interrupt: Interrupt, queues: usize) -> io::Result<Shared> {
-        let queue_events = (0..queues)
-            .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
-            .collect::<io::Result<_>>()?;
+        let queue_events =
+            (0..queues).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)).collect::<io::Result<_>>()?;
         Ok(Shared {
             interrupt: Arc::new(interrupt),
             queue_events,
@@ -79,10 +75,7 @@ impl Shared {
     }
 
     pub fn faults(&self) -> (u64, Option<String>) {
-        (
-            self.faults.load(Ordering::Relaxed),
-            lock(&self.last_fault).clone(),
-        )
+        (self.faults.load(Ordering::Relaxed), lock(&self.last_fault).clone())
     }
 
     pub fn send(&self, command: Command) {
@@ -140,19 +133,9 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub fn new(
-        device: Box<dyn Device>,
-        memory: GuestMemoryMmap,
-        shared: Arc<Shared>,
-    ) -> io::Result<Worker> {
+    pub fn new(device: Box<dyn Device>, memory: GuestMemoryMmap, shared: Arc<Shared>) -> io::Result<Worker> {
         let epoll = Epoll::new()?;
-        let watch = |fd, data| {
-            epoll.ctl(
-                ControlOperation::Add,
-                fd,
-                EpollEvent::new(EventSet::IN, data),
-            )
-        };
+        let watch = |fd, data| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data));
         watch(shared.control.as_raw_fd(), CONTROL)?;
         for (event, index) in shared.queue_events.iter().zip(0u64..) {
             watch(event.as_raw_fd(), index)?;
@@ -161,15 +144,7 @@ impl Worker {
             watch(events.as_raw_fd(), DEVICE)?;
         }
         let pending = vec![false; shared.queue_events.len()];
-        Ok(Worker {
-            device,
-            memory,
-            shared,
-            epoll,
-            active: false,
-            pending,
-            events_pending: false,
-        })
+        Ok(Worker { device, memory, shared, epoll, active: false, pending, events_pending: false })
     }
 
     /// Until [`Command::Stop`]. Each turn looks at everything once, so nothing starves.
@@ -182,8 +157,7 @@ impl Worker {
                 Ok(count) => events.get(..count).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    self.shared
-                        .fault(format!("the worker's epoll failed: {error}"));
+                    self.shared.fault(format!("the worker's epoll failed: {error}"));
                     return;
                 }
             };
@@ -233,10 +207,7 @@ impl Worker {
     }
 
     /// Runs a call into the device. An error or a panic takes the device to NEEDS_RESET, not the machine.
-    fn guarded(
-        &mut self,
-        call: impl FnOnce(&mut dyn Device) -> Result<Progress, Malformed>,
-    ) -> Progress {
+    fn guarded(&mut self, call: impl FnOnce(&mut dyn Device) -> Result<Progress, Malformed>) -> Progress {
         let device = self.device.as_mut();
         match catch_unwind(AssertUnwindSafe(|| call(device))) {
             Ok(Ok(progress)) => return progress,
@@ -274,8 +245,7 @@ impl Worker {
                     }
                     self.shared.needs_reset.store(false, Ordering::SeqCst);
                     self.shared.interrupt.clear();
-                    self.shared
-                        .answer(|answers| answers.resets = answers.resets.saturating_add(1));
+                    self.shared.answer(|answers| answers.resets = answers.resets.saturating_add(1));
                 }
                 Some(Command::Stop) => {
                     self.deactivate();
@@ -288,9 +258,7 @@ impl Worker {
     fn activate(&mut self, queues: Vec<ActiveQueue>, features: u64) {
         let memory = self.memory.clone();
         let device = self.device.as_mut();
-        match catch_unwind(AssertUnwindSafe(|| {
-            device.activate(memory, queues, features)
-        })) {
+        match catch_unwind(AssertUnwindSafe(|| device.activate(memory, queues, features))) {
             Ok(Ok(())) => {
                 self.active = true;
                 // Chains may have been made available, and kicks lost, before DRIVER_OK.

@@ -39,13 +39,7 @@ pub struct ActiveQueue {
 impl ActiveQueue {
     pub(super) fn new(queue: Queue, rings: Vec<Range>, interrupt: Arc<Interrupt>) -> ActiveQueue {
         let in_flight = vec![false; usize::from(queue.size())];
-        ActiveQueue {
-            queue,
-            rings,
-            in_flight,
-            unannounced: 0,
-            interrupt,
-        }
+        ActiveQueue { queue, rings, in_flight, unannounced: 0, interrupt }
     }
 
     /// Number of descriptors.
@@ -80,10 +74,7 @@ impl ActiveQueue {
             Some(busy) => *busy = true,
         }
         let table = GuestAddress(self.queue.desc_table());
-        let token = Token {
-            head,
-            position: next,
-        };
+        let token = Token { head, position: next };
         walk(memory, table, size, &self.rings, token).map(Some)
     }
 
@@ -105,21 +96,11 @@ impl ActiveQueue {
     ///
     /// # Errors
     /// If the used ring cannot be written, which validation rules out.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "a token is used up: a chain is completed once"
-    )]
-    pub fn complete(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        token: Token,
-        written: u32,
-    ) -> Result<(), Malformed> {
+    #[expect(clippy::needless_pass_by_value, reason = "a token is used up: a chain is completed once")]
+    pub fn complete(&mut self, memory: &GuestMemoryMmap, token: Token, written: u32) -> Result<(), Malformed> {
         self.release(&token);
         self.unannounced = self.unannounced.saturating_add(1);
-        self.queue
-            .add_used(memory, token.head, written)
-            .map_err(|error| ring(&error))
+        self.queue.add_used(memory, token.head, written).map_err(|error| ring(&error))
     }
 
     fn release(&mut self, token: &Token) {
@@ -145,9 +126,7 @@ impl ActiveQueue {
             let flags: u16 = load(memory, available, 0)?;
             return Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
         }
-        let offset = u64::from(self.queue.size())
-            .saturating_mul(2)
-            .saturating_add(4);
+        let offset = u64::from(self.queue.size()).saturating_mul(2).saturating_add(4);
         let event: u16 = load(memory, available, offset)?;
         let new = self.queue.next_used().wrapping_add(more);
         // VIRTIO 1.2, 2.7.7.2: an interrupt is due if the entry at `event` is among the `added` ones.
@@ -181,9 +160,7 @@ impl ActiveQueue {
     /// # Errors
     /// If the used ring cannot be written, which validation rules out.
     pub fn suppress_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<(), Malformed> {
-        self.queue
-            .disable_notification(memory)
-            .map_err(|error| ring(&error))
+        self.queue.disable_notification(memory).map_err(|error| ring(&error))
     }
 
     /// Asks the driver to kick when it has a new chain. True if it has one already, which may come without a kick.
@@ -191,9 +168,7 @@ impl ActiveQueue {
     /// # Errors
     /// If the rings cannot be accessed, which validation rules out.
     pub fn request_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Malformed> {
-        self.queue
-            .enable_notification(memory)
-            .map_err(|error| ring(&error))
+        self.queue.enable_notification(memory).map_err(|error| ring(&error))
     }
 
     /// Hands up to `budget` chains to `handle`, which completes them, then notifies the driver once.
@@ -234,11 +209,6 @@ fn ring(error: &Error) -> Malformed {
 }
 
 fn load(memory: &GuestMemoryMmap, base: GuestAddress, offset: u64) -> Result<u16, Malformed> {
-    let address = base
-        .checked_add(offset)
-        .ok_or_else(|| Malformed::Ring("address overflow".into()))?;
-    memory
-        .load::<u16>(address, Ordering::Relaxed)
-        .map(u16::from_le)
-        .map_err(|error| Malformed::Ring(error.to_string()))
+    let address = base.checked_add(offset).ok_or_else(|| Malformed::Ring("address overflow".into()))?;
+    memory.load::<u16>(address, Ordering::Relaxed).map(u16::from_le).map_err(|error| Malformed::Ring(error.to_string()))
 }

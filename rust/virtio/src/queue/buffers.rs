@@ -30,14 +30,8 @@ struct Buffers<'m> {
 
 impl<'m> Buffers<'m> {
     fn new(slices: Vec<VolatileSlice<'m>>) -> Buffers<'m> {
-        let remaining = slices
-            .iter()
-            .fold(0usize, |sum, slice| sum.saturating_add(slice.len()));
-        Buffers {
-            slices,
-            first: 0,
-            remaining,
-        }
+        let remaining = slices.iter().fold(0usize, |sum, slice| sum.saturating_add(slice.len()));
+        Buffers { slices, first: 0, remaining }
     }
 
     fn need(&self, needed: usize) -> Result<(), ShortBuffer> {
@@ -79,15 +73,8 @@ impl<'m> Buffers<'m> {
     }
 
     /// One call of `io` over at most `limit` bytes; moves on by what it did.
-    fn transfer(
-        &mut self,
-        limit: usize,
-        io: impl FnOnce(&[libc::iovec]) -> isize,
-    ) -> io::Result<usize> {
-        let mut vectors = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        }; VECTORS];
+    fn transfer(&mut self, limit: usize, io: impl FnOnce(&[libc::iovec]) -> isize) -> io::Result<usize> {
+        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; VECTORS];
         let mut left = limit.min(self.remaining);
         let mut used = 0usize;
         for (vector, slice) in vectors.iter_mut().zip(self.slices.iter().skip(self.first)) {
@@ -106,11 +93,7 @@ impl<'m> Buffers<'m> {
     }
 
     /// Calls `io` until `count` bytes are done; it gets the offset so far.
-    fn transfer_all(
-        &mut self,
-        count: usize,
-        mut io: impl FnMut(&[libc::iovec], usize) -> isize,
-    ) -> io::Result<()> {
+    fn transfer_all(&mut self, count: usize, mut io: impl FnMut(&[libc::iovec], usize) -> isize) -> io::Result<()> {
         self.need(count).map_err(io::Error::other)?;
         let mut done = 0usize;
         while done < count {
@@ -167,9 +150,7 @@ impl<'m> Reader<'m> {
         self.0.need(into.len())?;
         let mut rest = into;
         self.0.advance(rest.len(), |slice| {
-            let (part, tail) = std::mem::take(&mut rest)
-                .split_at_mut_checked(slice.len())
-                .unwrap_or_default();
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut_checked(slice.len()).unwrap_or_default();
             slice.copy_to(part);
             rest = tail;
         });
@@ -215,13 +196,7 @@ impl<'m> Reader<'m> {
             message.msg_iov = vectors.as_ptr().cast_mut();
             message.msg_iovlen = vectors.len();
             // SAFETY: as above; sendmsg does not write through msg_iov.
-            unsafe {
-                libc::sendmsg(
-                    descriptor,
-                    &raw const message,
-                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-                )
-            }
+            unsafe { libc::sendmsg(descriptor, &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
         })
     }
 }
@@ -275,12 +250,7 @@ impl<'m> Writer<'m> {
     ///
     /// # Errors
     /// Those of preadv(2); `UnexpectedEof` if the file ends before.
-    pub fn read_from_file(
-        &mut self,
-        file: &impl AsFd,
-        offset: u64,
-        count: usize,
-    ) -> io::Result<()> {
+    pub fn read_from_file(&mut self, file: &impl AsFd, offset: u64, count: usize) -> io::Result<()> {
         let descriptor = file.as_fd().as_raw_fd();
         file_offset(offset, count)?;
         self.0.transfer_all(count, |vectors, done| {

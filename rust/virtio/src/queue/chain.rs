@@ -3,9 +3,7 @@
 use super::{Malformed, Reader, Token, Writer, setup::Range};
 use virtio_bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice,
-};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 /// A whole valid descriptor chain.
 #[derive(Debug)]
@@ -47,25 +45,14 @@ pub(super) fn walk<'m>(
         if length == 0 {
             return Err(Malformed::Empty { index });
         }
-        total = total
-            .checked_add(length)
-            .ok_or(Malformed::TooLarge { head })?;
-        let outside = Malformed::OutsideMemory {
-            index,
-            address: address.raw_value(),
-            length,
-        };
+        total = total.checked_add(length).ok_or(Malformed::TooLarge { head })?;
+        let outside = Malformed::OutsideMemory { index, address: address.raw_value(), length };
         let Some(end) = address.checked_add(u64::from(length)) else {
             return Err(outside);
         };
-        let overlaps =
-            |&(start, stop): &Range| address.raw_value() < stop && start < end.raw_value();
+        let overlaps = |&(start, stop): &Range| address.raw_value() < stop && start < end.raw_value();
         if rings.iter().any(overlaps) {
-            return Err(Malformed::InsideRing {
-                index,
-                address: address.raw_value(),
-                length,
-            });
+            return Err(Malformed::InsideRing { index, address: address.raw_value(), length });
         }
         let (into, permission) = if descriptor.is_write_only() {
             (&mut writable, Permissions::Write)
@@ -75,19 +62,12 @@ pub(super) fn walk<'m>(
             return Err(Malformed::Order { index });
         };
         let count = usize::try_from(length).map_err(|_| outside.clone())?;
-        let slices = memory
-            .get_slices(address, count, permission)
-            .map_err(|_| outside.clone())?;
+        let slices = memory.get_slices(address, count, permission).map_err(|_| outside.clone())?;
         for slice in slices {
             into.push(slice.map_err(|_| outside.clone())?);
         }
         if !descriptor.has_next() {
-            return Ok(Chain {
-                readable: Reader::new(readable),
-                writable: Writer::new(writable),
-                token,
-                descriptors,
-            });
+            return Ok(Chain { readable: Reader::new(readable), writable: Writer::new(writable), token, descriptors });
         }
         index = descriptor.next();
     }
@@ -102,11 +82,6 @@ fn read_descriptor(
     if index >= size {
         return Err(Malformed::Index { index, size });
     }
-    let address = table
-        .checked_add(u64::from(index).saturating_mul(16))
-        .ok_or(Malformed::Index { index, size })?;
-    memory
-        .read_obj::<RawDescriptor>(address)
-        .map(Descriptor::from)
-        .map_err(|error| Malformed::Ring(error.to_string()))
+    let address = table.checked_add(u64::from(index).saturating_mul(16)).ok_or(Malformed::Index { index, size })?;
+    memory.read_obj::<RawDescriptor>(address).map(Descriptor::from).map_err(|error| Malformed::Ring(error.to_string()))
 }

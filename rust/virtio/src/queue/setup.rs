@@ -70,14 +70,7 @@ pub(super) type Range = (u64, u64);
 impl QueueSetup {
     /// The state after reset.
     pub fn new(limit: u16) -> QueueSetup {
-        QueueSetup {
-            limit,
-            size: 0,
-            ready: false,
-            descriptors: 0,
-            available: 0,
-            used: 0,
-        }
+        QueueSetup { limit, size: 0, ready: false, descriptors: 0, available: 0, used: 0 }
     }
 
     /// Back to the state after reset.
@@ -89,24 +82,9 @@ impl QueueSetup {
     fn parts(&self, size: u16) -> [(&'static str, u64, u64, u64); 3] {
         let size = u64::from(size);
         [
-            (
-                "descriptor table",
-                self.descriptors,
-                size.saturating_mul(16),
-                16,
-            ),
-            (
-                "available ring",
-                self.available,
-                size.saturating_mul(2).saturating_add(6),
-                2,
-            ),
-            (
-                "used ring",
-                self.used,
-                size.saturating_mul(8).saturating_add(6),
-                4,
-            ),
+            ("descriptor table", self.descriptors, size.saturating_mul(16), 16),
+            ("available ring", self.available, size.saturating_mul(2).saturating_add(6), 2),
+            ("used ring", self.used, size.saturating_mul(8).saturating_add(6), 4),
         ]
     }
 }
@@ -127,22 +105,14 @@ pub fn validate(
         if !setup.ready {
             return Err(SetupError::NotReady { queue });
         }
-        let bad_size = SetupError::Size {
-            queue,
-            size: setup.size,
-            limit: setup.limit,
-        };
+        let bad_size = SetupError::Size { queue, size: setup.size, limit: setup.limit };
         let size = match u16::try_from(setup.size) {
             Ok(size) if size.is_power_of_two() && size <= setup.limit => size,
             _ => return Err(bad_size),
         };
         let first = taken.len();
         for (part, address, length, alignment) in setup.parts(size) {
-            let bad = SetupError::Address {
-                queue,
-                part,
-                address,
-            };
+            let bad = SetupError::Address { queue, part, address };
             let Some(end) = address.checked_add(length) else {
                 return Err(bad);
             };
@@ -153,15 +123,8 @@ pub fn validate(
             {
                 return Err(bad);
             }
-            if taken
-                .iter()
-                .any(|&(start, stop)| address < stop && start < end)
-            {
-                return Err(SetupError::Overlap {
-                    queue,
-                    part,
-                    address,
-                });
+            if taken.iter().any(|&(start, stop)| address < stop && start < end) {
+                return Err(SetupError::Overlap { queue, part, address });
             }
             taken.push((address, end));
         }

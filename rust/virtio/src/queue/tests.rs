@@ -4,9 +4,7 @@
 use super::*;
 use crate::device::Progress;
 use crate::interrupt::Interrupt;
-use crate::testing::{
-    BUFFERS, END, HIGH, HOLE, INDIRECT, NEXT, Ring, WRITE, activate, guest_memory, interrupt,
-};
+use crate::testing::{BUFFERS, END, HIGH, HOLE, INDIRECT, NEXT, Ring, WRITE, activate, guest_memory, interrupt};
 use proptest::prelude::*;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -29,13 +27,7 @@ impl Bench {
         let ring = Ring::new(&memory, 0x1000, 8);
         let (interrupt, line) = interrupt();
         let queue = activate(&[&ring], event_idx, &interrupt).remove(0);
-        Bench {
-            memory,
-            ring,
-            queue,
-            interrupt,
-            line,
-        }
+        Bench { memory, ring, queue, interrupt, line }
     }
 
     fn pop(&mut self) -> Result<Option<Chain<'_>>, Malformed> {
@@ -51,9 +43,7 @@ impl Bench {
 fn verdict(descriptors: &[Raw]) -> Result<(usize, usize), Malformed> {
     let mut bench = Bench::new(false);
     for (&(address, length, flags, next), index) in descriptors.iter().zip(0..) {
-        bench
-            .ring
-            .write_descriptor(index, address, length, flags, next);
+        bench.ring.write_descriptor(index, address, length, flags, next);
     }
     bench.ring.offer(0);
     let chain = bench.pop()?.expect("a chain was offered");
@@ -64,11 +54,7 @@ fn verdict(descriptors: &[Raw]) -> Result<(usize, usize), Malformed> {
 fn test_pop_correct_chains_are_whole() {
     let chains: [&[Raw]; 4] = [
         &[(BUFFERS, 16, 0, 0)],
-        &[
-            (BUFFERS, 16, NEXT, 1),
-            (BUFFERS, 100, NEXT | WRITE, 2),
-            (BUFFERS, 1, WRITE, 0),
-        ],
+        &[(BUFFERS, 16, NEXT, 1), (BUFFERS, 100, NEXT | WRITE, 2), (BUFFERS, 1, WRITE, 0)],
         // Two regions that touch: one buffer, two slices.
         &[((2 << 20) - 10, 20, WRITE, 0)],
         // The last bytes of RAM.
@@ -92,25 +78,16 @@ fn test_pop_hostile_chain_is_malformed() {
         ("over a hole", &[(HOLE - 1, 0x40_0002, 0, 0)]),
         ("into RAM from a hole", &[(HIGH - 1, 2, 0, 0)]),
         ("inside the descriptor table", &[(0x1000, 16, WRITE, 0)]),
-        (
-            "last byte of the used ring",
-            &[(0x1000 + 8 * 16 + 24 + 69, 1, WRITE, 0)],
-        ),
+        ("last byte of the used ring", &[(0x1000 + 8 * 16 + 24 + 69, 1, WRITE, 0)]),
         ("over all rings", &[(0xfff, 0x1000, WRITE, 0)]),
         ("length 0", &[(b, 0, 0, 0)]),
         ("address and length 0", &[(0, 0, 0, 0)]),
         ("length of 4 GiB", &[(b, u32::MAX, 0, 0)]),
         ("wraps around", &[(u64::MAX, 2, 0, 0)]),
         ("ends at 2^64", &[(u64::MAX - 1, 2, 0, 0)]),
-        (
-            "readable after writable",
-            &[(b, 1, WRITE | NEXT, 1), (b, 1, 0, 0)],
-        ),
+        ("readable after writable", &[(b, 1, WRITE | NEXT, 1), (b, 1, 0, 0)]),
         ("indirect", &[(b, 16, INDIRECT, 0)]),
-        (
-            "indirect with next",
-            &[(b, 16, INDIRECT | NEXT, 1), (b, 16, 0, 0)],
-        ),
+        ("indirect with next", &[(b, 16, INDIRECT | NEXT, 1), (b, 16, 0, 0)]),
         ("indirect and writable", &[(b, 16, INDIRECT | WRITE, 0)]),
         ("indirect of length 0", &[(b, 0, INDIRECT, 0)]),
         ("indirect later", &[(b, 1, NEXT, 1), (b, 16, INDIRECT, 0)]),
@@ -122,19 +99,12 @@ fn test_pop_hostile_chain_is_malformed() {
 
 #[test]
 fn test_pop_sum_over_4_gib_is_malformed() {
-    let big = GuestMemoryMmap::from_ranges(&[
-        (GuestAddress(0), 1 << 20),
-        (GuestAddress(1 << 30), 1 << 30),
-    ])
-    .unwrap();
+    let big = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 30), 1 << 30)]).unwrap();
     let mut ring = Ring::new(&big, 0x1000, 8);
     let (interrupt, _) = interrupt();
     let mut queue = activate(&[&ring], false, &interrupt).remove(0);
     ring.add(&[(1 << 30, 1 << 30, true); 5]).unwrap();
-    assert!(matches!(
-        queue.pop(&big),
-        Err(Malformed::TooLarge { head: _ })
-    ));
+    assert!(matches!(queue.pop(&big), Err(Malformed::TooLarge { head: _ })));
 }
 
 #[test]
@@ -142,13 +112,7 @@ fn test_pop_head_beyond_the_queue_is_malformed() {
     for head in [8, 0xffff] {
         let mut bench = Bench::new(false);
         bench.ring.offer(head);
-        assert_eq!(
-            bench.pop().unwrap_err(),
-            Malformed::Index {
-                index: head,
-                size: 8
-            }
-        );
+        assert_eq!(bench.pop().unwrap_err(), Malformed::Index { index: head, size: 8 });
     }
 }
 
@@ -170,10 +134,7 @@ fn test_pop_available_index_out_of_step_is_malformed() {
     for index in [9, 0x8000, 0xffff] {
         let mut bench = Bench::new(false);
         bench.ring.set_available_index(index);
-        assert_eq!(
-            bench.pop().unwrap_err(),
-            Malformed::AvailableIndex { next: 0, size: 8 }
-        );
+        assert_eq!(bench.pop().unwrap_err(), Malformed::AvailableIndex { next: 0, size: 8 });
     }
 }
 
@@ -192,10 +153,7 @@ fn test_pop_after_65536_chains_index_wraps() {
 #[test]
 fn test_chain_descriptor_changed_after_pop_has_no_effect() {
     let mut bench = Bench::new(false);
-    bench
-        .memory
-        .write_slice(b"truth", GuestAddress(BUFFERS))
-        .unwrap();
+    bench.memory.write_slice(b"truth", GuestAddress(BUFFERS)).unwrap();
     bench.ring.write_descriptor(0, BUFFERS, 5, 0, 0);
     bench.ring.offer(0);
     let mut chain = bench.queue.pop(&bench.memory).unwrap().unwrap();
@@ -228,12 +186,7 @@ fn test_give_back_not_the_last_is_refused() {
 #[test]
 fn test_drain_endless_producer_stops_at_the_budget() {
     let mut bench = Bench::new(true);
-    let Bench {
-        memory,
-        ring,
-        queue,
-        ..
-    } = &mut bench;
+    let Bench { memory, ring, queue, .. } = &mut bench;
     ring.add(&[(BUFFERS, 1, true)]).unwrap();
     let mut handled = 0;
     let progress = queue.drain(memory, 100, |queue, chain| {
@@ -253,15 +206,10 @@ fn test_drain_done_asks_for_the_next_kick_and_interrupts_once() {
         bench.ring.add(&[(BUFFERS, 1, true)]).unwrap();
     }
     let Bench { memory, queue, .. } = &mut bench;
-    let progress = queue.drain(memory, 100, |queue, chain| {
-        queue.complete(memory, chain.token, 1)
-    });
+    let progress = queue.drain(memory, 100, |queue, chain| queue.complete(memory, chain.token, 1));
     assert_eq!(progress, Ok(Progress::Done));
     assert_eq!(bench.ring.available_event(), 3);
-    assert_eq!(
-        (bench.line.read().unwrap(), bench.interrupt.status()),
-        (1, 1)
-    );
+    assert_eq!((bench.line.read().unwrap(), bench.interrupt.status()), (1, 1));
 }
 
 #[test]
@@ -303,10 +251,7 @@ fn test_guest_rewrites_the_used_ring_device_does_not_care() {
         bench.complete(token);
         assert_eq!(bench.ring.take_used().len(), 1, "round {round}");
         let junk = [0xa5u8; 64];
-        bench
-            .memory
-            .write_slice(&junk, GuestAddress(bench.ring.used + 4))
-            .unwrap();
+        bench.memory.write_slice(&junk, GuestAddress(bench.ring.used + 4)).unwrap();
     }
 }
 
@@ -316,64 +261,28 @@ fn test_validate_hostile_setups_are_refused() {
     let (interrupt, _) = interrupt();
     let good = Ring::new(&memory, 0x1000, 8).setup(8);
     let bad = [
-        QueueSetup {
-            ready: false,
-            ..good
-        },
+        QueueSetup { ready: false, ..good },
         QueueSetup { size: 0, ..good },
         QueueSetup { size: 3, ..good },
         QueueSetup { size: 16, ..good },
-        QueueSetup {
-            size: 0x1_0008,
-            ..good
-        },
-        QueueSetup {
-            descriptors: 0,
-            ..good
-        },
-        QueueSetup {
-            descriptors: 0x1008,
-            ..good
-        },
-        QueueSetup {
-            available: good.available + 1,
-            ..good
-        },
-        QueueSetup {
-            used: good.used + 2,
-            ..good
-        },
-        QueueSetup {
-            descriptors: HOLE,
-            ..good
-        },
-        QueueSetup {
-            available: HOLE - 4,
-            ..good
-        },
+        QueueSetup { size: 0x1_0008, ..good },
+        QueueSetup { descriptors: 0, ..good },
+        QueueSetup { descriptors: 0x1008, ..good },
+        QueueSetup { available: good.available + 1, ..good },
+        QueueSetup { used: good.used + 2, ..good },
+        QueueSetup { descriptors: HOLE, ..good },
+        QueueSetup { available: HOLE - 4, ..good },
         QueueSetup { used: END, ..good },
         QueueSetup { used: !3, ..good },
-        QueueSetup {
-            available: good.descriptors,
-            ..good
-        },
-        QueueSetup {
-            used: good.available & !3,
-            ..good
-        },
+        QueueSetup { available: good.descriptors, ..good },
+        QueueSetup { used: good.available & !3, ..good },
     ];
     for setup in bad {
-        assert!(
-            validate(&[setup], &memory, true, &interrupt).is_err(),
-            "{setup:?}"
-        );
+        assert!(validate(&[setup], &memory, true, &interrupt).is_err(), "{setup:?}");
     }
     assert!(validate(&[good], &memory, true, &interrupt).is_ok());
     // Two queues in the same place.
-    assert!(matches!(
-        validate(&[good, good], &memory, true, &interrupt),
-        Err(SetupError::Overlap { queue: 1, .. })
-    ));
+    assert!(matches!(validate(&[good, good], &memory, true, &interrupt), Err(SetupError::Overlap { queue: 1, .. })));
 }
 
 /// Numbers that are likely to be near something.

@@ -129,13 +129,7 @@ impl Connection {
     }
 
     /// A packet to the guest, with the credit as it is now.
-    pub fn header(
-        &mut self,
-        operation: Operation,
-        length: u32,
-        flags: u32,
-        guest_cid: u64,
-    ) -> Header {
+    pub fn header(&mut self, operation: Operation, length: u32, flags: u32, guest_cid: u64) -> Header {
         self.announced = self.forwarded;
         Header {
             source_cid: HOST_CID,
@@ -194,8 +188,7 @@ impl Connection {
     /// Whether the guest keeps to the credit it was given.
     pub fn accepts(&self, length: u32) -> bool {
         let used = self.received.wrapping_sub(self.forwarded);
-        used.checked_add(length)
-            .is_some_and(|total| total <= WINDOW)
+        used.checked_add(length).is_some_and(|total| total <= WINDOW)
     }
 
     /// Takes a payload that [`Connection::accepts`]. False once the host reads no more.
@@ -223,11 +216,7 @@ impl Connection {
     pub fn flush(&mut self) -> bool {
         while !self.discard && !self.waiting.is_empty() {
             let (bytes, _) = self.waiting.as_slices();
-            match send(
-                &self.stream,
-                bytes,
-                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-            ) {
+            match send(&self.stream, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(count) => {
                     self.waiting.drain(..count.min(self.waiting.len()));
                     self.forward(count);

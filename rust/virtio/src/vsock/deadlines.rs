@@ -1,8 +1,7 @@
 //! Every wait of the device has an end: one timer for all of them.
 
 use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 use std::collections::BTreeSet;
 use std::io;
@@ -64,20 +63,12 @@ impl Deadlines {
             return;
         }
         // Zero would disarm it.
-        let wait = first
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_micros(1));
+        let wait = first.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
         let value = Timespec {
             tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(wait.subsec_nanos()),
         };
-        let once = Itimerspec {
-            it_interval: Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            },
-            it_value: value,
-        };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
         // It can only fail for a time out of range, which this is not.
         if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok() {
             self.armed = Some(first);

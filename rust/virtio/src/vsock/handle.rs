@@ -13,9 +13,7 @@ pub enum ConnectError {
     #[error("the guest has no vsock driver running; hint: connect after it is ready")]
     NotReady,
     /// The guest answered that nothing listens there, or that its backlog is full.
-    #[error(
-        "the guest refused the connection: nothing listens on this vsock port, or its backlog is full"
-    )]
+    #[error("the guest refused the connection: nothing listens on this vsock port, or its backlog is full")]
     Refused,
     /// The guest did not answer.
     #[error("the guest did not answer within {} s", super::CONNECT_PATIENCE.as_secs())]
@@ -76,17 +74,10 @@ impl VsockHandle {
         let (client, stream) = UnixStream::pair()?;
         stream.set_nonblocking(true)?;
         let completion = Completion(Some(done));
-        let request = ConnectRequest {
-            port,
-            stream,
-            completion,
-        };
+        let request = ConnectRequest { port, stream, completion };
         if let Err(mut refused) = self.requests.send(request) {
             refused.0.completion.0 = None;
-            return Err(io::Error::new(
-                io::ErrorKind::BrokenPipe,
-                "the vsock device is gone",
-            ));
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the vsock device is gone"));
         }
         // The only possible error is a full counter, and then the worker is awake.
         let _: io::Result<()> = self.wake.write(1);
@@ -97,9 +88,6 @@ impl VsockHandle {
 pub(super) fn pair() -> io::Result<(VsockHandle, Receiver<ConnectRequest>, Arc<EventFd>)> {
     let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
     let (requests, receiver) = channel();
-    let handle = VsockHandle {
-        requests,
-        wake: Arc::clone(&wake),
-    };
+    let handle = VsockHandle { requests, wake: Arc::clone(&wake) };
     Ok((handle, receiver, wake))
 }

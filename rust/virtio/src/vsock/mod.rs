@@ -102,13 +102,7 @@ impl Vsock {
         let streams = Streams::new(guest_cid, on_guest_connect)?;
         streams.watch(wake.as_raw_fd(), EventSet::IN, WAKE)?;
         streams.watch(streams.deadlines.as_fd().as_raw_fd(), EventSet::IN, TIMER)?;
-        let device = Vsock {
-            guest_cid,
-            streams,
-            requests,
-            wake,
-            active: None,
-        };
+        let device = Vsock { guest_cid, streams, requests, wake, active: None };
         Ok((device, handle))
     }
 
@@ -138,12 +132,7 @@ impl Vsock {
 
 impl Active {
     /// Takes packets from the guest, then sends what there is, then interrupts once.
-    fn turn(
-        &mut self,
-        streams: &mut Streams,
-        kicked: bool,
-        flush: bool,
-    ) -> Result<Progress, Malformed> {
+    fn turn(&mut self, streams: &mut Streams, kicked: bool, flush: bool) -> Result<Progress, Malformed> {
         let mut progress = Progress::Done;
         if kicked || self.unfinished {
             progress = self.take_packets(streams)?;
@@ -173,12 +162,7 @@ impl Active {
                 let Some(chain) = self.transmit.pop(&self.memory)? else {
                     break;
                 };
-                let Chain {
-                    mut readable,
-                    token,
-                    descriptors,
-                    ..
-                } = chain;
+                let Chain { mut readable, token, descriptors, .. } = chain;
                 streams.receive(&mut readable)?;
                 self.used.push(token);
                 self.used_descriptors = self.used_descriptors.saturating_add(descriptors);
@@ -212,9 +196,7 @@ impl Active {
                 self.starved = false;
                 self.receive.suppress_kicks(&self.memory)?;
             }
-            let Chain {
-                writable, token, ..
-            } = chain;
+            let Chain { writable, token, .. } = chain;
             match streams.send(writable)? {
                 Some(written) => self.receive.complete(&self.memory, token, written)?,
                 None => self.receive.give_back(token)?,
@@ -267,12 +249,7 @@ impl Device for Vsock {
         self.guest_cid.to_le_bytes().to_vec()
     }
 
-    fn activate(
-        &mut self,
-        memory: GuestMemoryMmap,
-        queues: Vec<ActiveQueue>,
-        _: u64,
-    ) -> io::Result<()> {
+    fn activate(&mut self, memory: GuestMemoryMmap, queues: Vec<ActiveQueue>, _: u64) -> io::Result<()> {
         // The event queue would carry a transport reset, which only a restored machine needs: nothing is sent on it.
         let [mut receive, transmit, mut events] =
             <[ActiveQueue; 3]>::try_from(queues).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -293,9 +270,7 @@ impl Device for Vsock {
 
     fn process(&mut self, queue: usize) -> Result<Progress, Malformed> {
         match (&mut self.active, queue) {
-            (Some(active), RECEIVE | TRANSMIT) => {
-                active.turn(&mut self.streams, queue == TRANSMIT, false)
-            }
+            (Some(active), RECEIVE | TRANSMIT) => active.turn(&mut self.streams, queue == TRANSMIT, false),
             _ => Ok(Progress::Done),
         }
     }

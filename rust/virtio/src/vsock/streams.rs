@@ -63,11 +63,7 @@ impl Streams {
     }
 
     pub fn watch(&self, descriptor: RawFd, events: EventSet, token: u64) -> io::Result<()> {
-        self.epoll.ctl(
-            ControlOperation::Add,
-            descriptor,
-            EpollEvent::new(events, token),
-        )
+        self.epoll.ctl(ControlOperation::Add, descriptor, EpollEvent::new(events, token))
     }
 
     /// Closes every stream.
@@ -106,11 +102,7 @@ impl Streams {
     // ---- the host's side ----
 
     pub fn connect(&mut self, request: ConnectRequest) {
-        let ConnectRequest {
-            port,
-            stream,
-            completion,
-        } = request;
+        let ConnectRequest { port, stream, completion } = request;
         let Some(host) = self.free_port(port) else {
             return completion.finish(Err(ConnectError::TooMany));
         };
@@ -129,11 +121,7 @@ impl Streams {
         // One more than there can be connections is enough to find a free one.
         for _ in 0..=MAX_STREAMS {
             let host = self.next_port;
-            self.next_port = if host >= LAST_PORT {
-                FIRST_PORT
-            } else {
-                host.saturating_add(1)
-            };
+            self.next_port = if host >= LAST_PORT { FIRST_PORT } else { host.saturating_add(1) };
             if !self.by_ports.contains_key(&Ports { guest, host }) {
                 return Some(host);
             }
@@ -141,25 +129,18 @@ impl Streams {
         None
     }
 
-    fn insert(
-        &mut self,
-        ports: Ports,
-        phase: Phase,
-        stream: UnixStream,
-    ) -> Result<u64, (Phase, ConnectError)> {
+    fn insert(&mut self, ports: Ports, phase: Phase, stream: UnixStream) -> Result<u64, (Phase, ConnectError)> {
         if self.connections.len() >= MAX_STREAMS {
             return Err((phase, ConnectError::TooMany));
         }
         let id = self.next_id;
         self.next_id = id.wrapping_add(1).max(FIRST_ID);
         // Edge-triggered: a stream that waits for credit or for buffers costs no system call.
-        let events =
-            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         if self.watch(stream.as_raw_fd(), events, id).is_err() {
             return Err((phase, ConnectError::Host));
         }
-        self.connections
-            .insert(id, Connection::new(ports, phase, stream));
+        self.connections.insert(id, Connection::new(ports, phase, stream));
         self.by_ports.insert(ports, id);
         Ok(id)
     }
@@ -169,9 +150,7 @@ impl Streams {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
-        if events
-            .intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR)
-        {
+        if events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR) {
             connection.readable = true;
         }
         if events.intersects(EventSet::HANG_UP | EventSet::ERROR) {
@@ -306,9 +285,7 @@ impl Streams {
             return;
         };
         self.by_ports.remove(&connection.ports);
-        if let Phase::Connecting(completion) =
-            std::mem::replace(&mut connection.phase, Phase::Lingering)
-        {
+        if let Phase::Connecting(completion) = std::mem::replace(&mut connection.phase, Phase::Lingering) {
             completion.finish(Err(ConnectError::Refused));
         }
         connection.flush();
@@ -320,22 +297,16 @@ impl Streams {
     /// Takes one packet.
     pub fn receive(&mut self, packet: &mut Reader<'_>) -> Result<(), Malformed> {
         let mut bytes = [0; HEADER];
-        packet
-            .read_exact(&mut bytes)
-            .map_err(|_| Malformed::Request("vsock packet shorter than its header"))?;
+        packet.read_exact(&mut bytes).map_err(|_| Malformed::Request("vsock packet shorter than its header"))?;
         let header = Header::decode(&bytes);
         let length = usize::try_from(header.length).unwrap_or(usize::MAX);
-        let payload = packet
-            .take(length)
-            .map_err(|_| Malformed::Request("vsock packet shorter than its length field"))?;
+        let payload =
+            packet.take(length).map_err(|_| Malformed::Request("vsock packet shorter than its length field"))?;
         if header.source_cid != self.guest_cid {
             // There is nobody at that address to answer to.
             return Ok(());
         }
-        let ports = Ports {
-            guest: header.source_port,
-            host: header.destination_port,
-        };
+        let ports = Ports { guest: header.source_port, host: header.destination_port };
         if header.destination_cid != HOST_CID || header.kind != TYPE_STREAM {
             if header.operation != Some(Operation::Reset) {
                 self.reset_as(header.destination_cid, ports);
@@ -381,13 +352,7 @@ impl Streams {
         true
     }
 
-    fn receive_known(
-        &mut self,
-        id: u64,
-        ports: Ports,
-        header: &Header,
-        payload: Reader<'_>,
-    ) -> Result<(), Malformed> {
+    fn receive_known(&mut self, id: u64, ports: Ports, header: &Header, payload: Reader<'_>) -> Result<(), Malformed> {
         let Some(connection) = self.connections.get_mut(&id) else {
             return Ok(());
         };
@@ -397,9 +362,7 @@ impl Streams {
             Some(Operation::Reset) => self.retire(id),
             Some(Operation::Response) if !open => self.opened(id),
             Some(Operation::Payload)
-                if open
-                    && connection.guest_ended & shutdown::SEND == 0
-                    && connection.accepts(header.length) =>
+                if open && connection.guest_ended & shutdown::SEND == 0 && connection.accepts(header.length) =>
             {
                 connection.deliver(payload, header.length)?;
                 self.settle(id);
@@ -435,8 +398,7 @@ impl Streams {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
-        if let Phase::Connecting(completion) = std::mem::replace(&mut connection.phase, Phase::Open)
-        {
+        if let Phase::Connecting(completion) = std::mem::replace(&mut connection.phase, Phase::Open) {
             Completion::finish(completion, Ok(()));
         }
         self.settle(id);
@@ -446,9 +408,8 @@ impl Streams {
 
     /// Writes one packet into a receive buffer: its length, or `None` if there is nothing to send after all.
     pub fn send(&mut self, mut buffer: Writer<'_>) -> Result<Option<u32>, Malformed> {
-        let mut place = buffer
-            .take(HEADER)
-            .map_err(|_| Malformed::Request("vsock receive buffer shorter than a header"))?;
+        let mut place =
+            buffer.take(HEADER).map_err(|_| Malformed::Request("vsock receive buffer shorter than a header"))?;
         let guest_cid = self.guest_cid;
         loop {
             let (header, length) = match self.outgoing.pop_front() {
@@ -460,11 +421,7 @@ impl Streams {
                     if operation == Operation::CreditUpdate {
                         connection.credit_queued = false;
                     }
-                    let flags = if operation == Operation::Shutdown {
-                        connection.told
-                    } else {
-                        0
-                    };
+                    let flags = if operation == Operation::Shutdown { connection.told } else { 0 };
                     (connection.header(operation, 0, flags, guest_cid), 0)
                 }
                 None => match self.send_payload(&mut buffer)? {
@@ -474,17 +431,12 @@ impl Streams {
                 },
             };
             place.write_all(&header.encode())?;
-            return Ok(Some(
-                u32::try_from(HEADER).unwrap_or(0).saturating_add(length),
-            ));
+            return Ok(Some(u32::try_from(HEADER).unwrap_or(0).saturating_add(length)));
         }
     }
 
     /// A payload of the connection whose turn it is. `None` if it had nothing; then its turn is over.
-    fn send_payload(
-        &mut self,
-        buffer: &mut Writer<'_>,
-    ) -> Result<Option<(Header, u32)>, Malformed> {
+    fn send_payload(&mut self, buffer: &mut Writer<'_>) -> Result<Option<(Header, u32)>, Malformed> {
         let Some(&id) = self.ready.front() else {
             return Ok(None);
         };
@@ -501,20 +453,14 @@ impl Streams {
                         connection.burst = 0;
                         self.ready.rotate_left(1);
                     }
-                    if self
-                        .connections
-                        .get(&id)
-                        .is_some_and(|connection| connection.deadline.is_some())
-                    {
+                    if self.connections.get(&id).is_some_and(|connection| connection.deadline.is_some()) {
                         // The guest takes the rest of it: patience starts again.
                         self.set_deadline(id, CLOSE_PATIENCE);
                     }
                     return Ok(Some((header, length)));
                 }
                 Received::NoRoom => {
-                    return Err(Malformed::Request(
-                        "vsock receive buffer has no room for payload",
-                    ));
+                    return Err(Malformed::Request("vsock receive buffer has no room for payload"));
                 }
                 Received::Nothing | Received::End => {}
             }

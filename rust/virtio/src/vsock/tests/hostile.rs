@@ -13,10 +13,7 @@ fn test_malformed_packets_are_errors() {
     for length in [1, 5, 64 * 1024, u32::MAX] {
         let mut bench = Bench::new();
         bench.open();
-        let packet = Header {
-            length,
-            ..header(Operation::Payload, GUEST)
-        };
+        let packet = Header { length, ..header(Operation::Payload, GUEST) };
         let result = bench.send(packet, if length == 5 { b"1234" } else { b"" });
         assert!(matches!(result, Err(Malformed::Request(_))), "{length}");
     }
@@ -38,26 +35,10 @@ fn test_malformed_packets_are_errors() {
 fn test_header_in_pieces_is_understood() {
     let mut bench = Bench::new();
     let mut host = bench.open();
-    let packet = Header {
-        length: 6,
-        ..header(Operation::Payload, GUEST)
-    };
-    bench
-        .memory
-        .write_slice(&packet.encode(), GuestAddress(TX_BUFFER))
-        .unwrap();
-    bench
-        .memory
-        .write_slice(b"pieces", GuestAddress(TX_BUFFER + 44))
-        .unwrap();
-    bench
-        .tx
-        .add(&[
-            (TX_BUFFER, 10, false),
-            (TX_BUFFER + 10, 37, false),
-            (TX_BUFFER + 47, 3, false),
-        ])
-        .unwrap();
+    let packet = Header { length: 6, ..header(Operation::Payload, GUEST) };
+    bench.memory.write_slice(&packet.encode(), GuestAddress(TX_BUFFER)).unwrap();
+    bench.memory.write_slice(b"pieces", GuestAddress(TX_BUFFER + 44)).unwrap();
+    bench.tx.add(&[(TX_BUFFER, 10, false), (TX_BUFFER + 10, 37, false), (TX_BUFFER + 47, 3, false)]).unwrap();
     bench.process(1).unwrap();
     assert_eq!(drain(&mut host).0, b"pieces");
 }
@@ -66,78 +47,26 @@ fn test_header_in_pieces_is_understood() {
 fn test_strange_addresses_and_types_are_reset_or_dropped() {
     let good = header(Operation::Request, GUEST);
     let cases = [
-        (
-            Header {
-                source_cid: CID + 1,
-                ..good
-            },
-            0,
-        ),
-        (
-            Header {
-                source_cid: HOST_CID,
-                ..good
-            },
-            0,
-        ),
-        (
-            Header {
-                source_cid: u64::MAX,
-                ..good
-            },
-            0,
-        ),
-        (
-            Header {
-                destination_cid: CID,
-                ..good
-            },
-            1,
-        ),
-        (
-            Header {
-                destination_cid: 0,
-                ..good
-            },
-            1,
-        ),
-        (
-            Header {
-                destination_cid: u64::MAX,
-                ..good
-            },
-            1,
-        ),
+        (Header { source_cid: CID + 1, ..good }, 0),
+        (Header { source_cid: HOST_CID, ..good }, 0),
+        (Header { source_cid: u64::MAX, ..good }, 0),
+        (Header { destination_cid: CID, ..good }, 1),
+        (Header { destination_cid: 0, ..good }, 1),
+        (Header { destination_cid: u64::MAX, ..good }, 1),
         (Header { kind: 2, ..good }, 1),
         (Header { kind: 0, ..good }, 1),
-        (
-            Header {
-                operation: None,
-                ..good
-            },
-            1,
-        ),
+        (Header { operation: None, ..good }, 1),
         (header(Operation::Payload, GUEST), 1),
         (header(Operation::Response, GUEST), 1),
         (header(Operation::Shutdown, GUEST), 1),
         (header(Operation::CreditRequest, GUEST), 1),
         (header(Operation::Reset, GUEST), 0),
-        (
-            Header {
-                kind: 9,
-                ..header(Operation::Reset, GUEST)
-            },
-            0,
-        ),
+        (Header { kind: 9, ..header(Operation::Reset, GUEST) }, 0),
     ];
     for (packet, resets) in cases {
         let mut bench = Bench::new();
         bench.send(packet, &[]).unwrap();
-        assert_eq!(
-            bench.operations(),
-            vec![Operation::Reset; resets],
-            "{packet:?}"
-        );
+        assert_eq!(bench.operations(), vec![Operation::Reset; resets], "{packet:?}");
         bench.open();
     }
 }
@@ -148,17 +77,11 @@ fn test_rules_of_a_stream_broken_reset_it() {
         &|bench| bench.send_ok(Operation::Request, GUEST),
         &|bench| bench.send_ok(Operation::Response, GUEST),
         &|bench| {
-            let unknown = Header {
-                operation: None,
-                ..header(Operation::Payload, GUEST)
-            };
+            let unknown = Header { operation: None, ..header(Operation::Payload, GUEST) };
             bench.send(unknown, &[]).unwrap();
         },
         &|bench| {
-            let end = Header {
-                flags: shutdown::SEND,
-                ..header(Operation::Shutdown, GUEST)
-            };
+            let end = Header { flags: shutdown::SEND, ..header(Operation::Shutdown, GUEST) };
             bench.send(end, &[]).unwrap();
             bench.payload(b"after the end");
         },

@@ -68,9 +68,7 @@ impl Bench {
             line: crate::testing::event(),
             accepted,
             offered: Vec::new(),
-            rx_free: (0..count)
-                .map(|slot| RX_BUFFERS + slot * RX_STRIDE)
-                .collect(),
+            rx_free: (0..count).map(|slot| RX_BUFFERS + slot * RX_STRIDE).collect(),
             rx_size: size,
         };
         bench.activate();
@@ -81,18 +79,13 @@ impl Bench {
         let (interrupt, line) = interrupt();
         self.line = line;
         let queues = activate(&[&self.rx, &self.tx, &self.event], true, &interrupt);
-        self.device
-            .activate(self.memory.clone(), queues, 1)
-            .unwrap();
+        self.device.activate(self.memory.clone(), queues, 1).unwrap();
     }
 
     fn restart(&mut self) {
         self.device.reset();
-        self.rx_free
-            .extend(self.offered.drain(..).map(|(_, address)| address));
-        self.memory
-            .write_slice(&[0; 0x8000], GuestAddress(0x1000))
-            .unwrap();
+        self.rx_free.extend(self.offered.drain(..).map(|(_, address)| address));
+        self.memory.write_slice(&[0; 0x8000], GuestAddress(0x1000)).unwrap();
         self.rx = Ring::new(&self.memory, 0x1000, 64);
         self.tx = Ring::new(&self.memory, 0x4000, 16);
         self.activate();
@@ -118,17 +111,11 @@ impl Bench {
     fn take(&mut self) -> Vec<Packet> {
         let mut packets = Vec::new();
         for (head, length) in self.rx.take_used() {
-            let slot = self
-                .offered
-                .iter()
-                .position(|&(offered, _)| offered == head)
-                .unwrap();
+            let slot = self.offered.iter().position(|&(offered, _)| offered == head).unwrap();
             let (_, address) = self.offered.swap_remove(slot);
             self.rx_free.push(address);
             let mut bytes = vec![0; length as usize];
-            self.memory
-                .read_slice(&mut bytes, GuestAddress(address))
-                .unwrap();
+            self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
             let payload = bytes.split_off(HEADER);
             let header = Header::decode(bytes.as_slice().try_into().unwrap());
             assert_eq!(header.length as usize, payload.len());
@@ -153,28 +140,19 @@ impl Bench {
     }
 
     fn operations(&mut self) -> Vec<Operation> {
-        self.exchange()
-            .iter()
-            .map(|(header, _)| header.operation.unwrap())
-            .collect()
+        self.exchange().iter().map(|(header, _)| header.operation.unwrap()).collect()
     }
 
     /// The guest sends one packet.
     fn send(&mut self, header: Header, payload: &[u8]) -> Result<(), Malformed> {
-        self.memory
-            .write_slice(&header.encode(), GuestAddress(TX_BUFFER))
-            .unwrap();
-        self.memory
-            .write_slice(payload, GuestAddress(TX_BUFFER + 64))
-            .unwrap();
+        self.memory.write_slice(&header.encode(), GuestAddress(TX_BUFFER)).unwrap();
+        self.memory.write_slice(payload, GuestAddress(TX_BUFFER + 64)).unwrap();
         let mut chain = vec![(TX_BUFFER, 44, false)];
         if !payload.is_empty() {
             chain.push((TX_BUFFER + 64, payload.len() as u32, false));
         }
         self.tx.take_used();
-        self.tx
-            .add(&chain)
-            .expect("the device gives transmit buffers back in time");
+        self.tx.add(&chain).expect("the device gives transmit buffers back in time");
         self.process(1)
     }
 
@@ -190,10 +168,7 @@ impl Bench {
     }
 
     fn payload(&mut self, bytes: &[u8]) {
-        let packet = Header {
-            length: bytes.len() as u32,
-            ..header(Operation::Payload, GUEST)
-        };
+        let packet = Header { length: bytes.len() as u32, ..header(Operation::Payload, GUEST) };
         self.send(packet, bytes).unwrap();
     }
 }
@@ -233,10 +208,7 @@ type Outcome = Channel<Result<(), ConnectError>>;
 
 fn host_connect(bench: &mut Bench) -> (UnixStream, Outcome) {
     let (sender, outcome) = channel();
-    let stream = bench
-        .handle
-        .connect(1024, Box::new(move |result| sender.send(result).unwrap()))
-        .unwrap();
+    let stream = bench.handle.connect(1024, Box::new(move |result| sender.send(result).unwrap())).unwrap();
     stream.set_nonblocking(true).unwrap();
     (stream, outcome)
 }

@@ -40,11 +40,7 @@ struct GuestEnd {
 
 impl GuestEnd {
     fn header(&self, operation: Operation) -> Header {
-        Header {
-            buffer: self.window,
-            forwarded: self.consumed,
-            ..header(operation, (1000, self.port))
-        }
+        Header { buffer: self.window, forwarded: self.consumed, ..header(operation, (1000, self.port)) }
     }
 
     fn credit(&self) -> usize {
@@ -70,10 +66,7 @@ impl GuestEnd {
     }
 
     fn send(&mut self, bench: &mut Bench, bytes: &[u8]) {
-        let packet = Header {
-            length: bytes.len() as u32,
-            ..self.header(Operation::Payload)
-        };
+        let packet = Header { length: bytes.len() as u32, ..self.header(Operation::Payload) };
         bench.send(packet, bytes).unwrap();
         self.sent += bytes.len() as u32;
     }
@@ -87,9 +80,7 @@ impl GuestEnd {
 }
 
 fn pattern(start: usize, count: usize) -> Vec<u8> {
-    (start..start + count)
-        .map(|i| (i % 251) as u8 ^ (i >> 10) as u8)
-        .collect()
+    (start..start + count).map(|i| (i % 251) as u8 ^ (i >> 10) as u8).collect()
 }
 
 proptest! {

@@ -100,10 +100,7 @@ fn test_guest_half_closes_host_sees_the_end_behind_all_bytes() {
     for _ in 0..6 {
         bench.payload(&vec![1; 64 * 1024]);
     }
-    let end = Header {
-        flags: shutdown::SEND,
-        ..header(Operation::Shutdown, GUEST)
-    };
+    let end = Header { flags: shutdown::SEND, ..header(Operation::Shutdown, GUEST) };
     bench.send(end, &[]).unwrap();
     let mut received = 0;
     loop {
@@ -128,10 +125,7 @@ fn test_guest_closes_with_bytes_waiting_host_gets_them_all() {
     for _ in 0..6 {
         bench.payload(&vec![1; 64 * 1024]);
     }
-    let end = Header {
-        flags: shutdown::BOTH,
-        ..header(Operation::Shutdown, GUEST)
-    };
+    let end = Header { flags: shutdown::BOTH, ..header(Operation::Shutdown, GUEST) };
     bench.send(end, &[]).unwrap();
     // The guest is free to use its port again at once.
     assert!(bench.operations().contains(&Operation::Reset));
@@ -157,10 +151,7 @@ fn test_host_half_closes_guest_is_told_and_may_go_on() {
     let packets = bench.exchange();
     assert_eq!(packets[0].1, b"last");
     let end = packets[1].0;
-    assert_eq!(
-        (end.operation, end.flags),
-        (Some(Operation::Shutdown), shutdown::SEND)
-    );
+    assert_eq!((end.operation, end.flags), (Some(Operation::Shutdown), shutdown::SEND));
     bench.payload(b"answer");
     assert_eq!(drain(&mut host).0, b"answer");
     assert!(bench.exchange().is_empty());
@@ -173,10 +164,7 @@ fn test_host_closes_guest_is_told_both_and_reset_when_it_does_not_answer() {
     drop(host);
     let packets = bench.exchange();
     let end = packets.last().unwrap().0;
-    assert_eq!(
-        (end.operation, end.flags),
-        (Some(Operation::Shutdown), shutdown::BOTH)
-    );
+    assert_eq!((end.operation, end.flags), (Some(Operation::Shutdown), shutdown::BOTH));
     // Bytes that come nevertheless go nowhere.
     bench.payload(b"to nobody");
     assert!(bench.exchange().is_empty());
@@ -188,15 +176,7 @@ fn test_host_closes_guest_is_told_both_and_reset_when_it_does_not_answer() {
 #[test]
 fn test_host_gone_while_the_guest_has_no_credit_ends_by_the_deadline() {
     let mut bench = Bench::new();
-    bench
-        .send(
-            Header {
-                buffer: 0,
-                ..header(Operation::Request, GUEST)
-            },
-            &[],
-        )
-        .unwrap();
+    bench.send(Header { buffer: 0, ..header(Operation::Request, GUEST) }, &[]).unwrap();
     bench.exchange();
     let host = bench.accepted.try_recv().unwrap();
     (&host).write_all(b"cannot be delivered").unwrap();
@@ -214,19 +194,12 @@ fn test_credit_odd_values_stop_the_stream_and_no_more() {
         let mut host = bench.open();
         host.write_all(b"12345").unwrap();
         assert_eq!(bench.exchange()[0].1.len(), 5);
-        let odd = Header {
-            buffer,
-            forwarded,
-            ..header(Operation::CreditUpdate, GUEST)
-        };
+        let odd = Header { buffer, forwarded, ..header(Operation::CreditUpdate, GUEST) };
         bench.send(odd, &[]).unwrap();
         host.write_all(b"6").unwrap();
         bench.exchange();
         // With honest credit it goes on.
-        let honest = Header {
-            forwarded: 5,
-            ..header(Operation::CreditUpdate, GUEST)
-        };
+        let honest = Header { forwarded: 5, ..header(Operation::CreditUpdate, GUEST) };
         bench.send(honest, &[]).unwrap();
         bench.exchange();
         bench.payload(b"alive");
@@ -256,19 +229,13 @@ fn test_connect_flood_ends_at_the_limit_and_streams_still_work() {
         answers.extend(bench.operations());
         hosts.extend(bench.accepted.try_recv());
     }
-    let resets = answers
-        .iter()
-        .filter(|&&answer| answer == Operation::Reset)
-        .count();
+    let resets = answers.iter().filter(|&&answer| answer == Operation::Reset).count();
     assert_eq!((hosts.len(), resets), (MAX_STREAMS, 50));
     let (_host, outcome) = host_connect(&mut bench);
     bench.events();
     assert_eq!(outcome.try_recv(), Ok(Err(ConnectError::TooMany)));
     bench.payload(b"");
-    let packet = Header {
-        length: 2,
-        ..header(Operation::Payload, (500, 5))
-    };
+    let packet = Header { length: 2, ..header(Operation::Payload, (500, 5)) };
     bench.send(packet, b"ok").unwrap();
     assert_eq!(drain(&mut hosts[500]).0, b"ok");
 }
@@ -278,13 +245,7 @@ fn test_reply_storm_without_receive_buffers_stops_taking_packets_then_goes_on() 
     let mut bench = Bench::new();
     let mut sent = 0;
     let mut stuck = 0;
-    bench
-        .memory
-        .write_slice(
-            &header(Operation::Payload, (9, 9)).encode(),
-            GuestAddress(TX_BUFFER),
-        )
-        .unwrap();
+    bench.memory.write_slice(&header(Operation::Payload, (9, 9)).encode(), GuestAddress(TX_BUFFER)).unwrap();
     while stuck < 20 {
         bench.tx.take_used();
         match bench.tx.add(&[(TX_BUFFER, 44, false)]) {
@@ -306,21 +267,14 @@ fn test_reply_storm_without_receive_buffers_stops_taking_packets_then_goes_on() 
 #[test]
 fn test_starved_stream_does_not_stop_the_others() {
     let mut bench = Bench::new();
-    let no_credit = Header {
-        buffer: 0,
-        ..header(Operation::Request, (1, 5))
-    };
+    let no_credit = Header { buffer: 0, ..header(Operation::Request, (1, 5)) };
     bench.send(no_credit, &[]).unwrap();
     bench.exchange();
     let mut starved = bench.accepted.try_recv().unwrap();
     let mut host = bench.open();
     starved.write_all(&[1; 1000]).unwrap();
     host.write_all(b"through").unwrap();
-    let payloads: Vec<_> = bench
-        .exchange()
-        .into_iter()
-        .filter(|(_, payload)| !payload.is_empty())
-        .collect();
+    let payloads: Vec<_> = bench.exchange().into_iter().filter(|(_, payload)| !payload.is_empty()).collect();
     assert_eq!(payloads.len(), 1);
     assert_eq!(payloads[0].1, b"through");
 }
@@ -337,11 +291,7 @@ fn test_busy_streams_take_turns() {
     for host in &mut hosts {
         host.write_all(&[0; 100_000]).unwrap();
     }
-    let order: Vec<u32> = bench
-        .exchange()
-        .iter()
-        .map(|(header, _)| header.destination_port)
-        .collect();
+    let order: Vec<u32> = bench.exchange().iter().map(|(header, _)| header.destination_port).collect();
     assert!(order.len() > 400);
     // Neither waits for more than a burst of the other while both have bytes.
     let longest = order[..400].chunk_by(|a, b| a == b).map(<[u32]>::len).max();
@@ -358,19 +308,11 @@ fn test_interrupts_one_for_an_answer_and_its_used_buffers() {
     bench.rx.set_used_event(rx_used);
     bench.tx.set_used_event(tx_used);
     bench.payload(b"question");
-    assert_eq!(
-        bench.line.read().unwrap_or(0),
-        0,
-        "used transmit buffers wait"
-    );
+    assert_eq!(bench.line.read().unwrap_or(0), 0, "used transmit buffers wait");
     host.write_all(b"answer").unwrap();
     bench.refill();
     bench.events();
-    assert_eq!(
-        bench.line.read().unwrap_or(0),
-        1,
-        "one interrupt for both queues"
-    );
+    assert_eq!(bench.line.read().unwrap_or(0), 1, "one interrupt for both queues");
     assert_eq!(bench.tx.take_used().len(), 1);
     // Alone, they wait for the timer.
     let (_, tx_used) = used_indices(&bench);
@@ -395,12 +337,7 @@ fn test_used_buffers_come_at_once_when_the_driver_polls() {
 }
 
 fn used_indices(bench: &Bench) -> (u16, u16) {
-    let index = |ring: &Ring| {
-        bench
-            .memory
-            .read_obj::<u16>(GuestAddress(ring.used + 2))
-            .unwrap()
-    };
+    let index = |ring: &Ring| bench.memory.read_obj::<u16>(GuestAddress(ring.used + 2)).unwrap();
     (index(&bench.rx), index(&bench.tx))
 }
 
@@ -431,10 +368,7 @@ fn test_one_way_stream_is_told_of_its_credit_in_time() {
     let (mut sent, mut forwarded) = (0u32, 0u32);
     let mut updates = 0;
     while sent < 8 * WINDOW {
-        assert!(
-            sent - forwarded + 64 * 1024 <= WINDOW,
-            "the guest would wait for ever"
-        );
+        assert!(sent - forwarded + 64 * 1024 <= WINDOW, "the guest would wait for ever");
         bench.payload(&[0; 64 * 1024]);
         sent += 64 * 1024;
         drain(&mut host);
@@ -456,11 +390,7 @@ fn test_receive_queue_kicks_are_wanted_only_when_buffers_are_missing() {
     let offered_before = bench.rx.available_event();
     host.write_all(&[1; 4096]).unwrap();
     bench.events();
-    assert_eq!(
-        bench.rx.available_event(),
-        offered_before,
-        "one buffer was there, none is missing"
-    );
+    assert_eq!(bench.rx.available_event(), offered_before, "one buffer was there, none is missing");
     host.write_all(&[2; 4096]).unwrap();
     bench.events();
     // It found none, and asks for a kick with the very next buffer.
