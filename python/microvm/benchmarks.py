@@ -166,6 +166,8 @@ def _first_bytes(command: list[str], repetitions: int) -> list[float]:
             assert process.stdout is not None
             first = os.read(process.stdout.fileno(), 1)
             seconds.append(time.perf_counter() - begin)
+            # To the end: a command whose output is closed dies of it.
+            process.stdout.read()
         if first != b"x" or process.returncode:
             raise MicrovmError(f"{command} did not print x, or failed ({process.returncode})")
     return seconds[1:]
