@@ -56,7 +56,7 @@ pub fn ram(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
 /// [`MemoryError`] if address or size are not multiples of 4096, wrap around, or the host refuses.
 pub fn region(address: u64, size: u64) -> Result<GuestRegionMmap, MemoryError> {
     let refuse = |reason| MemoryError::Range { address, size, reason };
-    if size == 0 || size % 4096 != 0 || address % 4096 != 0 {
+    if size == 0 || !size.is_multiple_of(4096) || !address.is_multiple_of(4096) {
         return Err(refuse("address and size must be multiples of 4096, size not 0"));
     }
     if address.checked_add(size).is_none() {

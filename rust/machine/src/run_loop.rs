@@ -122,10 +122,8 @@ fn look(vcpu: &Vcpu, shared: &Shared, sampled: bool) -> Option<MachineEnd> {
     if shared.is_stopping() {
         return None;
     }
-    if sampled {
-        if let Ok(regs) = vcpu.regs() {
-            shared.profile.add(regs.rip);
-        }
+    if sampled && let Ok(regs) = vcpu.regs() {
+        shared.profile.add(regs.rip);
     }
     let all = shared.sleepers.look(vcpu.index(), vcpu.sleeps_for_good());
     all.then(|| MachineEnd::fault("the guest halted with interrupts off, and nothing can wake it", vcpu))

@@ -69,7 +69,7 @@ impl MachineSpec {
             };
             return refuse("cpus", self.vcpus.to_string(), allowed);
         }
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) || self.memory % 4096 != 0 {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) || !self.memory.is_multiple_of(4096) {
             return refuse(
                 "memory",
                 format!("{} bytes", self.memory),

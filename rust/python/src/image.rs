@@ -96,11 +96,7 @@ pub fn directory_image(
 /// `initramfs(agent, modules)`: the archive with the agent as `/init`.
 #[pyfunction]
 #[pyo3(signature = (agent, modules, /))]
-pub fn initramfs<'py>(
-    py: Python<'py>,
-    agent: &[u8],
-    modules: Vec<(String, Vec<u8>)>,
-) -> PyResult<Bound<'py, PyBytes>> {
+pub fn initramfs<'py>(py: Python<'py>, agent: &[u8], modules: Vec<(String, Vec<u8>)>) -> PyResult<Bound<'py, PyBytes>> {
     let archive = ramdisk::build(agent, &modules).map_err(|error| error.to_python(py))?;
     Ok(PyBytes::new(py, &archive))
 }

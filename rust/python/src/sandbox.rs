@@ -28,8 +28,7 @@ fn duplicate(py: Python<'_>, fd: RawFd, field: &str) -> PyResult<OwnedFd> {
 
 /// `timeout` seconds of Python, which has checked them already.
 fn seconds(py: Python<'_>, timeout: f64, field: &str) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(timeout)
-        .map_err(|error| config(py, field, &timeout.to_string(), &error.to_string()))
+    Duration::try_from_secs_f64(timeout).map_err(|error| config(py, field, &timeout.to_string(), &error.to_string()))
 }
 
 /// Signals for a running command.

@@ -31,7 +31,8 @@ impl Owner {
         if self.0 == std::process::id() {
             return Ok(());
         }
-        let words = format!("this machine belongs to process {}; hint: make machines after the fork, in the child", self.0);
+        let words =
+            format!("this machine belongs to process {}; hint: make machines after the fork, in the child", self.0);
         Err(other(py, &words))
     }
 }
@@ -81,9 +82,7 @@ impl Vm {
             return Err(self.outside(py, address, length));
         }
         PyBytes::new_with(py, length, |bytes| {
-            self.memory
-                .read_slice(bytes, GuestAddress(address))
-                .map_err(|_| self.outside(py, address, length))
+            self.memory.read_slice(bytes, GuestAddress(address)).map_err(|_| self.outside(py, address, length))
         })
     }
 
@@ -92,9 +91,7 @@ impl Vm {
         if !self.memory.check_range(address, data.len()) {
             return Err(self.outside(py, address, data.len()));
         }
-        self.memory
-            .write_slice(data, GuestAddress(address))
-            .map_err(|_| self.outside(py, address, data.len()))
+        self.memory.write_slice(data, GuestAddress(address)).map_err(|_| self.outside(py, address, data.len()))
     }
 
     fn vcpu(&self, py: Python<'_>, index: u8) -> PyResult<Vcpu> {
@@ -183,7 +180,8 @@ impl Vcpu {
 
     fn regs(&self, py: Python<'_>) -> PyResult<Regs> {
         let regs = self.lock(py)?.regs().map_err(|error| error.to_python(py))?;
-        let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags } = regs;
+        let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags } =
+            regs;
         Ok([rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags])
     }
 
@@ -199,18 +197,24 @@ impl Vcpu {
         let segments =
             [sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss, sregs.tr, sregs.ldt].map(segment_to_python);
         let tables = [sregs.gdt, sregs.idt].map(|table| (table.base, table.limit));
-        let control =
-            [sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer, sregs.apic_base];
+        let control = [sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer, sregs.apic_base];
         Ok((segments, tables, control))
     }
 
-    fn set_sregs(&self, py: Python<'_>, segments: [Segment; 8], tables: [(u64, u16); 2], control: [u64; 7]) -> PyResult<()> {
+    fn set_sregs(
+        &self,
+        py: Python<'_>,
+        segments: [Segment; 8],
+        tables: [(u64, u16); 2],
+        control: [u64; 7],
+    ) -> PyResult<()> {
         let vcpu = self.lock(py)?;
         let now = vcpu.sregs().map_err(|error| error.to_python(py))?;
         let [cs, ds, es, fs, gs, ss, tr, ldt] = segments.map(segment_from_python);
         let [gdt, idt] = tables.map(|(base, limit)| kvm_dtable { base, limit, ..Default::default() });
         let [cr0, cr2, cr3, cr4, cr8, efer, apic_base] = control;
-        let sregs = kvm_sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, ..now };
+        let sregs =
+            kvm_sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, ..now };
         vcpu.set_sregs(&sregs).map_err(|error| error.to_python(py))
     }
 

@@ -83,7 +83,7 @@ fn date(days: u64) -> (u64, u64, u64) {
 const DAYS_PER_400_YEARS: u64 = 146_097;
 
 fn year_length(year: u64) -> u64 {
-    if (year % 4 == 0 && year % 100 != 0) || year % 400 == 0 { 366 } else { 365 }
+    if (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400) { 366 } else { 365 }
 }
 
 #[cfg(test)]

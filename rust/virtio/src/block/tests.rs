@@ -331,7 +331,7 @@ proptest! {
         bench.file.read_exact_at(&mut model, 0).unwrap();
         let range = |sector: u64, length: u64| {
             let end = sector * 512 + length;
-            let fits = length % 512 == 0 && end <= SECTORS * 512;
+            let fits = length.is_multiple_of(512) && end <= SECTORS * 512;
             fits.then_some((sector * 512) as usize..end as usize)
         };
         for step in steps {

@@ -495,16 +495,23 @@ fn test_stop_ends_the_worker_and_the_window_still_answers() {
 #[test]
 fn test_worker_takes_no_signals() {
     let bench = Bench::rng();
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let mut masks = Vec::new();
-    for task in tasks {
-        let path = task.unwrap().path();
-        let comm = std::fs::read_to_string(path.join("comm")).unwrap_or_default();
-        let status = std::fs::read_to_string(path.join("status")).unwrap_or_default();
-        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t"));
-        if let (true, Some(blocked)) = (comm == "test\n", blocked) {
-            masks.push(u64::from_str_radix(blocked, 16).unwrap());
-        }
+    let worker_masks = || -> Vec<u64> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let workers = tasks.filter(|path| read(path.join("comm")) == "test\n");
+        let blocked =
+            |status: String| status.lines().find_map(|line| line.strip_prefix("SigBlk:\t").map(str::to_owned));
+        workers
+            .filter_map(|path| blocked(read(path.join("status"))))
+            .map(|mask| u64::from_str_radix(&mask, 16).unwrap())
+            .collect()
+    };
+    // A thread names itself, some time after it was made.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut masks = worker_masks();
+    while masks.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+        masks = worker_masks();
     }
     // SIGKILL, SIGSTOP and the C library's own two cannot be blocked.
     let all = !(1 << 8 | 1 << 18 | 1 << 31 | 1 << 32);

@@ -28,6 +28,8 @@ struct State {
     resets: u64,
     /// The last of them is not done.
     resetting: bool,
+    /// DRIVER_OK was set since the last reset: the worker has something to forget.
+    started: bool,
 }
 
 /// One virtio device in its MMIO window. Shared by the vCPU threads.
@@ -65,7 +67,12 @@ impl MmioTransport {
             configuration: device.config_space(),
             memory: memory.clone(),
             shared: Arc::clone(&shared),
-            state: Mutex::new(State { registers: Registers::new(offered, limits), resets: 0, resetting: false }),
+            state: Mutex::new(State {
+                registers: Registers::new(offered, limits),
+                resets: 0,
+                resetting: false,
+                started: false,
+            }),
             worker: Mutex::new(None),
         };
         let worker = Worker::new(device, memory, shared)?;
@@ -102,7 +109,7 @@ impl MmioTransport {
             }
             return;
         }
-        if offset % 4 == 0
+        if offset.is_multiple_of(4)
             && let Ok(word) = <&mut [u8; 4]>::try_from(data)
         {
             *word = self.read_register(offset).to_le_bytes();
@@ -111,7 +118,7 @@ impl MmioTransport {
 
     /// A store by the guest. Whatever the offset, the width and the value are, the device stays in a defined state.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        if offset >= offset::CONFIGURATION || offset % 4 != 0 {
+        if offset >= offset::CONFIGURATION || !offset.is_multiple_of(4) {
             return;
         }
         if let Ok(word) = <[u8; 4]>::try_from(data) {
@@ -167,7 +174,12 @@ impl MmioTransport {
         }
         match state.registers.write_status(value) {
             StatusChange::None => {}
-            StatusChange::Start => self.start(&state.registers),
+            StatusChange::Start => {
+                state.started = true;
+                self.start(&state.registers);
+            }
+            // The first reset of every boot, among others: nobody needs to be woken for it.
+            StatusChange::Reset if !state.started && !self.shared.needs_reset() => state.registers.reset(),
             StatusChange::Reset => {
                 if !state.resetting {
                     state.resetting = true;
@@ -183,6 +195,7 @@ impl MmioTransport {
     fn finish_reset(&self, state: &mut State, patience: Duration) {
         if state.resetting && self.shared.wait_for_resets(state.resets, patience) {
             state.resetting = false;
+            state.started = false;
             state.registers.reset();
         }
     }
