@@ -50,9 +50,9 @@ class Figure:
         }
 
     def line(self, reference: Figure) -> str:
-        """One line for a person; how many times as long as ``reference`` it took."""
-        ratio = "" if self is reference else f"  ({self.median / reference.median:.2f} x {reference.name})"
-        return f"{1e3 * self.median:9.2f} ms median, {1e3 * min(self.seconds):9.2f} ms least, {self.name}{ratio}"
+        """One line for a person: how many times as long as this ``reference`` takes."""
+        ratio = "" if self is reference else f" (x {reference.median / self.median:.2f})"
+        return f"{1e3 * self.median:9.2f} ms median, {1e3 * min(self.seconds):9.2f} ms least: {self.name}{ratio}"
 
 
 def machine() -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_registers_are_what_was_set(regs: Regs) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(address=st.integers(0, MIB + 100), data=st.binary(max_size=200))
+@given(address=st.integers(0, MIB + 100), data=st.binary(min_size=1, max_size=200))
 def test_memory_is_what_was_written_or_the_write_is_refused(address: int, data: bytes) -> None:
     memory = Vm(memory=MIB).memory
     if address + len(data) <= MIB:

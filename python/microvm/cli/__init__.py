@@ -81,4 +81,5 @@ def main() -> NoReturn:
         # Whoever read our output has gone; nothing is left to say, and Python must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = code or 141
-    sys.exit(code)
+    # Everything is closed, written or the kernel's to clean up: taking the interpreter apart would only take time.
+    os._exit(code)

@@ -36,7 +36,10 @@ def _command(name: str, default: int, text: str) -> None:
             return
         for figure in figures:
             print(figure.line(figures[0]))
-        print("on " + ", ".join(f"{value}" for value in benchmarks.machine().values()))
+        print(
+            "x: the first line's median over this one's; on "
+            + ", ".join(f"{value}" for value in benchmarks.machine().values())
+        )
 
 
 _command(
