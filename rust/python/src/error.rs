@@ -17,6 +17,9 @@ const HINT: &str = "; hint: ";
 /// What begins the console's lines in an error's words; the console has a field of its own.
 const CONSOLE: &str = "\n  console: ";
 
+/// The file that the errors about KVM are about.
+const DEVICE: &str = "/dev/kvm";
+
 /// An exception to be made: a class of `microvm.exceptions`, its message and its keyword arguments.
 struct Exception<'py> {
     py: Python<'py>,
@@ -87,14 +90,14 @@ pub fn config(py: Python<'_>, field: &str, value: &str, allowed: &str) -> PyErr 
 
 impl ToPython for KvmError {
     fn to_python(self, py: Python<'_>) -> PyErr {
-        let class = match self {
-            KvmError::Missing(_) => "KvmMissing",
-            KvmError::Permission => "KvmPermission",
+        let new = |class| Exception::new(py, class, &self.to_string());
+        match self {
+            KvmError::Missing(_) => new("KvmMissing").with("path", DEVICE).make(),
+            KvmError::Permission => new("KvmPermission").with("path", DEVICE).make(),
             KvmError::Busy | KvmError::ApiVersion { .. } | KvmError::Capability { .. } | KvmError::Unusable(_) => {
-                "KvmUnavailable"
+                new("KvmUnavailable").make()
             }
-        };
-        Exception::new(py, class, &self.to_string()).make()
+        }
     }
 }
 
