@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 from subprocess import DEVNULL, PIPE, STDOUT
-from typing import IO, TYPE_CHECKING, Any, Literal, Self, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
 
 from microvm.config import SandboxConfig, encode_env, encode_path, encode_words, parse_duration
-from microvm.exceptions import ConfigError
+from microvm.exceptions import ConfigError, ExecError, WorkdirError
 from microvm.launch import launch
 from microvm.process import CompletedProcess, ExecTimeout
 
@@ -23,6 +23,21 @@ if TYPE_CHECKING:
     Stream = int | IO[Any] | None
     GuestPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
+    class SandboxOptions(TypedDict, total=False):
+        """The arguments of :class:`Sandbox`, but for its `env` and `timeout`, which :func:`run` has of its own."""
+
+        cpus: int
+        memory: Size
+        workdir: StrPath | None
+        kernel: StrPath | None
+        cmdline: str
+        initrd: StrPath | None
+        rootfs: StrPath | None
+        console: int | None
+        boot_timeout: Duration
+        progress: Progress | None
+
+
 __all__ = ["Sandbox", "run"]
 
 
@@ -32,11 +47,15 @@ class Sandbox:
     It starts when it is made and ends with the ``with`` block, with :meth:`stop` or :meth:`kill`, or with
     this process. It belongs to the process that made it: after a ``fork``, the child may not use it.
 
-    ``memory`` is bytes or ``"512M"``; ``env`` is added to :data:`microvm.DEFAULT_ENV`; ``workdir`` is where
-    commands run; ``kernel`` is a vmlinux or bzImage instead of our own; ``cmdline`` is added to the kernel's
-    command line; ``initrd`` is a cpio archive whose files the agent finds in the initial file system, where
-    our ``/init`` still comes first; ``rootfs`` is a directory, which is packed, or an image file with an EROFS
-    file system (ext4 if its name ends in ``.ext4``); ``console`` is a descriptor that gets the serial console.
+    * ``memory``: bytes, or ``"512M"``.
+    * ``env``: added to :data:`microvm.DEFAULT_ENV`. ``workdir``: where commands run.
+    * ``timeout``: the limit of commands that have none of their own. ``boot_timeout``: the start's.
+    * ``kernel``: a vmlinux or bzImage instead of our own. ``cmdline``: added to the kernel's command line.
+    * ``initrd``: a cpio archive that is unpacked before ours: its files are there, but our ``/init`` comes first.
+    * ``rootfs``: a directory, which is packed, or an image file with an EROFS file system (ext4 if its name ends
+      in ``.ext4``).
+    * ``console``: a descriptor that gets the serial console.
+    * ``progress``: called with what is being done, units done and units in all, while something long happens.
     """
 
     def __init__(
@@ -149,16 +168,22 @@ class Sandbox:
         encoding = encoding or "utf-8"
         errors = errors or "replace"
         limit = self._timeout if timeout is None else parse_duration(timeout)
-        exited = self._machine.exec(
-            encode_words(cmd),
-            encode_env(self.config.env if env is None else env),
-            encode_path(self.config.workdir if cwd is None else cwd, "cwd"),
-            limit,
-            _source(input, stdin, text, encoding, errors),
-            _sink(stdout, "stdout"),
-            _sink(stderr, "stderr"),
-            None,
-        )
+        words = encode_words(cmd)
+        directory = encode_path(self.config.workdir if cwd is None else cwd, "cwd")
+        try:
+            exited = self._machine.exec(
+                words,
+                encode_env(self.config.env if env is None else env),
+                directory,
+                limit,
+                _source(input, stdin, text, encoding, errors),
+                _sink(stdout, "stdout"),
+                _sink(stderr, "stderr"),
+                None,
+            )
+        except ExecError as error:
+            error.filename = os.fsdecode(directory or b"/" if isinstance(error, WorkdirError) else words[0])
+            raise
         if text:
             return _completed(
                 cmd,
@@ -270,7 +295,7 @@ def run(
     text: Literal[True] = True,
     encoding: str | None = None,
     errors: str | None = None,
-    **sandbox: Any,
+    **sandbox: Unpack[SandboxOptions],
 ) -> CompletedProcess[str]: ...
 @overload
 def run(
@@ -287,7 +312,7 @@ def run(
     text: Literal[False],
     encoding: None = None,
     errors: None = None,
-    **sandbox: Any,
+    **sandbox: Unpack[SandboxOptions],
 ) -> CompletedProcess[bytes]: ...
 def run(
     cmd: Command,
@@ -303,7 +328,7 @@ def run(
     text: Any = True,
     encoding: Any = None,
     errors: Any = None,
-    **sandbox: Any,
+    **sandbox: Unpack[SandboxOptions],
 ) -> Any:
     """Runs one command in a virtual machine of its own: ``with Sandbox(**sandbox) as sb: sb.run(cmd, …)``.
 

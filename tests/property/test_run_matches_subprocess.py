@@ -104,6 +104,7 @@ def test_what_cannot_start_raises_the_same_error(sandbox: Sandbox, words: list[s
     with pytest.raises(type(expected.value)) as found:
         sandbox.run(words, **options)
     assert found.value.errno == expected.value.errno
+    assert found.value.filename == expected.value.filename
 
 
 def test_bad_words_raise_the_same_error(sandbox: Sandbox) -> None:
