@@ -7,6 +7,9 @@ SHELL := /bin/bash
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMPS := target/stamps
+PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check
+INSTALL_WHEEL := rm -rf dist && $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist . && \
+	$(PIP) install --force-reinstall --no-deps dist/*.whl
 # What the wheel is made of. Fails soft outside a git checkout, where the wheel is then always rebuilt.
 SOURCES := $(shell git ls-files -- Cargo.toml Cargo.lock pyproject.toml build_backend rust python guests 2>/dev/null || echo FORCE)
 
@@ -27,18 +30,19 @@ $(STAMPS)/packages: tools/install-packages
 $(STAMPS)/venv: pyproject.toml tools/python-for-venv | $(STAMPS)/packages
 	@mkdir -p $(@D)
 	[ -x $(PYTHON) ] || "$$(tools/python-for-venv)" -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(PYTHON) tools/development-requirements.py | xargs -d '\n' $(PYTHON) -m pip install --quiet --disable-pip-version-check
+	$(PIP) install --upgrade pip
+	$(PYTHON) tools/development-requirements.py | xargs -d '\n' $(PIP) install
 	@touch $@
 
 $(STAMPS)/wheel: $(SOURCES) $(STAMPS)/venv
-	rm -rf dist && $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
+	$(INSTALL_WHEEL)
 	@touch $@
 
-# The guest kernel that this host's backend wants; in the user's cache, found there unless sources changed.
+# The guest kernel that this host's backend wants goes into the user's cache, and from there into the wheel:
+# a packed kernel is found faster. The wheel comes first all the same, because only it knows the backend.
 $(STAMPS)/kernel: $(STAMPS)/wheel
-	$(VENV)/bin/microvm kernel build
+	$(VENV)/bin/microvm kernel build >$@.path
+	if ! grep -q _bundle $@.path; then $(INSTALL_WHEEL); fi
 	@touch $@
 
 # ---- the two commands ----

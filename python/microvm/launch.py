@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     #: Called with what is being done, units done and units in all (0: not known).
     Progress = Callable[[str, int, int], object]
 
-__all__ = ["agent_path", "choose_kernel", "launch", "root_image", "vmm_path"]
+__all__ = ["agent_path", "choose_kernel", "kernel_modules", "launch", "root_image", "vmm_path"]
 
 #: What a distribution's kernel needs for the transport, the root disk, its file systems, the agent's link and entropy.
 _MODULES = ("virtio_mmio", "virtio_blk", "erofs", "overlay", "vmw_vsock_virtio_transport", "virtio_rng")
@@ -88,7 +88,7 @@ def _counted(progress: Progress | None, what: str) -> Callable[[int, int], objec
     return None if progress is None else lambda done, total: progress(what, done, total)
 
 
-def _modules(kernel: str) -> list[tuple[str, bytes]]:
+def kernel_modules(kernel: str) -> list[tuple[str, bytes]]:
     """What a distribution's kernel must load before it can mount its root; ours has everything built in."""
     directory = environment.get("MICROVM_MODULES")
     if directory is None:
@@ -147,7 +147,7 @@ def launch(config: SandboxConfig, progress: Progress | None = None) -> _microvm.
         root_path = root_image(config, progress)
         root = _open(root_path, "rootfs")
         descriptors.append(root)
-        initrd = _initrd(config.initrd, _modules(kernel_path))
+        initrd = _initrd(config.initrd, kernel_modules(kernel_path))
         descriptors.append(initrd)
         return _microvm.Sandbox.launch(
             vmm,
