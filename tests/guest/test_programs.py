@@ -1,0 +1,107 @@
+"""What a kernel must survive: programs that press one thing hard, and check it against what they know to be right.
+
+Every program runs on the host first, whose kernel is the oracle for the program itself, and then in a machine, which
+must still take commands afterwards. `MICROVM_TORTURE_SECONDS` is how long each runs in the machine (1.5).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import microvm
+from microvm.exceptions import MicrovmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SOURCES = Path(__file__).parent / "programs"
+SECONDS = float(os.environ.get("MICROVM_TORTURE_SECONDS", "1.5"))
+HOST_SECONDS = 0.2
+#: They would end other programs of the host, or fill its memory.
+ONLY_IN_A_MACHINE = {"killall", "reclaim"}
+NAMES = sorted(path.stem for path in SOURCES.glob("*.c"))
+
+pytestmark = [
+    pytest.mark.timeout(120 + 20 * SECONDS),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
+]
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the programs, compiled statically."""
+    directory = tmp_path_factory.mktemp("programs")
+
+    def compile_one(name: str) -> None:
+        options = ["-O1", "-std=gnu11", "-Wall", "-Wextra", "-static", "-pthread"]
+        subprocess.run(["cc", *options, "-o", directory / name, SOURCES / f"{name}.c"], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, NAMES))
+    return directory
+
+
+class Machines:
+    """One machine for all programs, replaced when one of them has ended it."""
+
+    def __init__(self) -> None:
+        self.current: microvm.Sandbox | None = None
+
+    def __call__(self) -> microvm.Sandbox:
+        if self.current is None or self.current.status != "running":
+            self.current = microvm.Sandbox(memory="512M")
+        return self.current
+
+    def discard(self) -> None:
+        if self.current is not None:
+            self.current.kill()
+            self.current = None
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Callable[[], microvm.Sandbox]]:
+    machines = Machines()
+    yield machines
+    machines.discard()
+
+
+def nothing_counted(output: str) -> list[str]:
+    """Parts of a program that did nothing. Names that end in a question mark are of parts that may be refused."""
+    counts: dict[str, int] = json.loads(output)
+    return [name for name, count in counts.items() if count <= 0 and not name.endswith("?")]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ONLY_IN_A_MACHINE])
+def test_program_on_the_host_finds_nothing_wrong(programs: Path, name: str) -> None:
+    done = subprocess.run([programs / name, str(HOST_SECONDS)], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert nothing_counted(done.stdout) == []
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", NAMES)
+def test_program_in_a_machine_finds_nothing_wrong(programs: Path, machines: Machines, name: str) -> None:
+    machine = machines()
+    program = (programs / name).read_bytes()
+    machine.run(["sh", "-c", f"cat >/tmp/{name} && chmod +x /tmp/{name}"], input=program, text=False, check=True)
+
+    try:
+        environment = {**machine.config.env, "TORTURE_GUEST": "1"}
+        done = machine.run([f"/tmp/{name}", str(SECONDS)], env=environment, timeout=60 + 5 * SECONDS)
+        alive = machine.run(["sh", "-c", "echo alive; rm /tmp/*"], timeout=20)
+    except MicrovmError:
+        machines.discard()
+        raise
+
+    assert done.returncode == 0, done.stderr
+    assert nothing_counted(done.stdout) == []
+    assert alive.stdout == "alive\n"
