@@ -2,8 +2,8 @@
  * Vector, x87 and mask registers across preemption, system calls, signals and forks: every process has a pattern of its
  * own, loads all registers with it, computes or calls the kernel, and compares.
  */
-#include <cpuid.h>
 #include "common.h"
+#include <cpuid.h>
 
 struct registers {
 	uint8_t vector[32][64];

@@ -3,8 +3,8 @@
  * point into scratch memory, but for RCX, which is 2.
  */
 #pragma once
-#include <asm/prctl.h>
 #include "common.h"
+#include <asm/prctl.h>
 
 #define SCRATCH 0x200000000000UL /* its low 16 bits are a null selector */
 #define CODE 0x200010000000UL
