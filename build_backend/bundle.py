@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "python" / "microvm" / "_bundle"
 KERNEL_SOURCE = ROOT / "guests" / "kernel"
+BENCH_SOURCE = ROOT / "guests" / "bench"
 TARGET = "x86_64-unknown-linux-gnu"
 FLAVOURS = ("ring3", "hardware")
 RUST_FLAGS = ("RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_RUSTFLAGS")
@@ -27,7 +28,8 @@ def make_bundle() -> None:
     BUNDLE.mkdir(parents=True, exist_ok=True)
     install_program(build_vmm(), "microvm-vmm")
     install_program(build_agent(), "microvm-agent")
-    copy_kernel_source()
+    copy_source(KERNEL_SOURCE, "kernel-source")
+    copy_source(BENCH_SOURCE, "bench-source")
     copy_kernels()
 
 
@@ -76,13 +78,13 @@ def install_program(program: Path, name: str) -> None:
     partial.rename(BUNDLE / name)
 
 
-def copy_kernel_source() -> None:
-    """Copies what builds a guest kernel, without anything that a build has left there."""
-    destination = BUNDLE / "kernel-source"
+def copy_source(source: Path, name: str) -> None:
+    """Copies what is built on the user's machine, without anything that a build has left there."""
+    destination = BUNDLE / name
     if destination.exists():
         shutil.rmtree(destination)
     ignored = shutil.ignore_patterns("target", "build.log", "__pycache__", "*.pyc", "*.o", "linux-*")
-    shutil.copytree(KERNEL_SOURCE, destination, ignore=ignored)
+    shutil.copytree(source, destination, ignore=ignored)
 
 
 def copy_kernels() -> None:

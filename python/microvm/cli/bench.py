@@ -48,3 +48,23 @@ _command(
 _command("run", 20, "From the start of `microvm run -- echo` to its first byte. Beside it: echo without a machine.")
 _command("exec", 100, "A further command in a running machine. Beside it: the same with subprocess.")
 _command("import", 10, "import microvm in a new interpreter. Beside it: an interpreter that imports nothing.")
+
+
+@bench.command(short_help="Programs in a machine, under QEMU and on the host.")
+@click.option("-n", "repetitions", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--without-qemu", is_flag=True, help="Leave out QEMU, which takes minutes.")
+@click.option("--rootfs", type=click.Path(exists=True), help="The userland of both machines.")
+def guest(repetitions: int, as_json: bool, without_qemu: bool, rootfs: str | None) -> None:
+    """System calls, faults, forks, signals, timers and programs in a machine. Beside it: QEMU's interpreter with the
+    same userland, where installed, and the host. Figures end in their units; needs a C compiler."""
+    from microvm import benchmarks, guest_bench
+    from microvm.cli.report import write_json
+
+    report = guest_bench.measure(repetitions, with_qemu=not without_qemu, rootfs=rootfs)
+    if as_json:
+        write_json({"machine": benchmarks.machine(), **report.as_dict()})
+        return
+    for line in report.lines():
+        print(line)
+    print("x: how many times as long as in the machine; on " + ", ".join(map(str, benchmarks.machine().values())))
