@@ -43,7 +43,11 @@ def test_report_compares_medians_with_those_elsewhere() -> None:
     rows = {row["name"]: row for row in report.as_dict()["figures"]}
 
     assert rows["getppid_us"] == {
-        **{"name": "getppid_us", "n": 3, "median": 2.0, "min": 1.0, "max": 9.0},
+        "name": "getppid_us",
+        "n": 3,
+        "median": 2.0,
+        "min": 1.0,
+        "max": 9.0,
         "qemu": {"n": 1, "median": 0.5, "min": 0.5, "max": 0.5, "ratio": 0.25},
     }
     assert rows["boot_ms"]["qemu"]["ratio"] == 25
