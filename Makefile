@@ -87,11 +87,18 @@ fuzz: $(STAMPS)/packages ## every fuzz target for FUZZ_SECONDS (60) each
 soak: $(STAMPS)/kernel ## 200 runs in a row; nothing may be left behind
 	$(PYTHON) -m pytest -m soak --timeout=1800 tests/integration
 
+.PHONY: torture
+torture: $(STAMPS)/kernel ## tests/guest for TORTURE_SECONDS (120) each, stress-ng and CPython's tests in the guest (an hour, as root)
+	MICROVM_TORTURE_SECONDS=$${TORTURE_SECONDS:-120} $(PYTHON) -m pytest tests/guest
+	$(PYTHON) tests/guest/outside.py stress-ng --json target/stress-ng.json
+	$(PYTHON) tests/guest/outside.py cpython --json target/cpython.json
+
 .PHONY: bench
 bench: $(STAMPS)/kernel ## the benchmarks, as JSON
 	$(VENV)/bin/microvm bench boot --json
 	$(VENV)/bin/microvm bench run --json
 	$(VENV)/bin/microvm bench exec --json
+	$(VENV)/bin/microvm bench guest --json
 
 .PHONY: wheel-release
 wheel-release: $(STAMPS)/venv ## a wheel for distribution, with both kernel flavours packed
