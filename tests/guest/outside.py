@@ -102,7 +102,17 @@ class Host:
         self.tree = tree
 
     def run(self, command: list[str], timeout: float) -> tuple[int, str]:
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--net", "--kill-child"]
+        # Who is started in the background may ignore SIGINT, and so would its children.
+        unshare = [
+            "env",
+            "--default-signal=INT,QUIT,PIPE",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--net",
+            "--kill-child",
+        ]
         try:
             done = subprocess.run(
                 [*unshare, "sh", "-c", self.SETUP, self.tree, *command],

@@ -1,7 +1,7 @@
 """What a kernel must survive: programs that press one thing hard, and check it against what they know to be right.
 
 Every program runs on the host first, whose kernel is the oracle for the program itself, and then in a machine, which
-must still take commands afterwards. `MICROVM_TORTURE_SECONDS` is how long each runs in the machine (1).
+must still take commands afterwards. `MICROVM_TORTURE_SECONDS` is how long each runs in the machine (0.6).
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 import microvm
+from microvm.config import SandboxConfig
 from microvm.exceptions import MicrovmError
+from microvm.launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOURCES = Path(__file__).parent / "programs"
-SECONDS = float(os.environ.get("MICROVM_TORTURE_SECONDS", "1"))
+SECONDS = float(os.environ.get("MICROVM_TORTURE_SECONDS", "0.6"))
 HOST_SECONDS = 0.2
+#: So often is the vCPU of a disturbed machine kicked, in microseconds.
+KICK_US = 300
 #: They would end other programs of the host, or fill its memory.
 ONLY_IN_A_MACHINE = {"killall", "reclaim"}
 #: Those that fill the machine's memory have less of it, or they would take long.
@@ -51,10 +55,20 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+class DisturbedSandbox(microvm.Sandbox):
+    """A machine whose vCPU is kicked out of guest mode all the time, at whatever instruction it is."""
+
+    def __init__(self, memory: str) -> None:
+        self._timeout = None
+        self.config = SandboxConfig.of(memory=memory, profile_us=KICK_US)
+        self._machine = launch(self.config)
+
+
 class Machines:
     """One machine for all programs that need the same, replaced when one of them has ended it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[microvm.Sandbox]) -> None:
+        self.kind = kind
         self.current: microvm.Sandbox | None = None
         self.memory = ""
 
@@ -62,7 +76,7 @@ class Machines:
         if self.memory != memory:
             self.discard()
         if self.current is None or self.current.status != "running":
-            self.current = microvm.Sandbox(memory=memory)
+            self.current = self.kind(memory=memory)
             self.memory = memory
         return self.current
 
@@ -72,9 +86,9 @@ class Machines:
             self.current = None
 
 
-@pytest.fixture(scope="module")
-def machines() -> Iterator[Machines]:
-    machines = Machines()
+@pytest.fixture(scope="module", params=[microvm.Sandbox, DisturbedSandbox], ids=["undisturbed", "disturbed"])
+def machines(request: pytest.FixtureRequest) -> Iterator[Machines]:
+    machines = Machines(request.param)
     yield machines
     machines.discard()
 
