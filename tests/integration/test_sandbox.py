@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_image_that_is_none_fails_with_the_console(tmp_path: Path) -> None:
     assert "mount /dev/vda as erofs" in caught.value.log_tail
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="builds its program with cc")
 def test_ext4_image_is_mounted_by_its_name(tmp_path: Path) -> None:
     tree, image = tmp_path / "tree", tmp_path / "root.ext4"
     (tree / "bin").mkdir(parents=True)
