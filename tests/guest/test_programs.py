@@ -22,7 +22,9 @@ from microvm.exceptions import MicrovmError
 from microvm.launch import launch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from microvm.process import CompletedProcess
 
 SOURCES = Path(__file__).parent / "programs"
 SECONDS = float(os.environ.get("MICROVM_TORTURE_SECONDS", "0.6"))
@@ -107,21 +109,42 @@ def test_program_on_the_host_finds_nothing_wrong(programs: Path, name: str) -> N
     assert nothing_counted(done.stdout) == []
 
 
+def run_in(machine: microvm.Sandbox, program: Path, seconds: float) -> CompletedProcess[str]:
+    place = f"/tmp/{program.name}"
+    install = f"cat >{place} && chmod +x {place}"
+    machine.run(["sh", "-c", install], input=program.read_bytes(), text=False, check=True)
+    environment = {**machine.config.env, "TORTURE_GUEST": "1"}
+    return machine.run([place, str(seconds)], env=environment, timeout=20 + 3 * seconds)
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", NAMES)
-def test_program_in_a_machine_finds_nothing_wrong(programs: Path, machines: Machines, name: str) -> None:
+def test_program_in_a_machine_finds_nothing_wrong(
+    programs: Path, machines: Machines, name: str, record_property: Callable[[str, object], None]
+) -> None:
     machine = machines(MEMORY.get(name, "512M"))
-    program = (programs / name).read_bytes()
-    machine.run(["sh", "-c", f"cat >/tmp/{name} && chmod +x /tmp/{name}"], input=program, text=False, check=True)
 
     try:
-        environment = {**machine.config.env, "TORTURE_GUEST": "1"}
-        done = machine.run([f"/tmp/{name}", str(SECONDS)], env=environment, timeout=20 + 3 * SECONDS)
+        done = run_in(machine, programs / name, SECONDS)
         alive = machine.run(["sh", "-c", "echo alive; rm /tmp/*"], timeout=20)
     except MicrovmError:
         machines.discard()
         raise
 
+    record_property("counts", done.stdout.strip())  # in the file of --junit-xml
     assert done.returncode == 0, done.stderr
     assert nothing_counted(done.stdout) == []
+    assert alive.stdout == "alive\n"
+
+
+@pytest.mark.kvm
+def test_all_programs_at_once_find_nothing_wrong(programs: Path) -> None:
+    """All but those that want the machine, or its time, for themselves."""
+    names = [name for name in NAMES if name not in ONLY_IN_A_MACHINE and name != "timers"]
+
+    with microvm.Sandbox(memory="1G") as machine, ThreadPoolExecutor(len(names)) as pool:
+        done = list(pool.map(lambda name: run_in(machine, programs / name, 3 * SECONDS), names))
+        alive = machine.run(["echo", "alive"], timeout=20)
+
+    assert [process.stderr for process in done if process.returncode] == []
     assert alive.stdout == "alive\n"
