@@ -89,7 +89,7 @@ soak: $(STAMPS)/kernel ## 200 runs in a row; nothing may be left behind
 
 .PHONY: torture
 torture: $(STAMPS)/kernel ## tests/guest for TORTURE_SECONDS (120) each, stress-ng and CPython's tests in the guest (an hour, as root)
-	MICROVM_TORTURE_SECONDS=$${TORTURE_SECONDS:-120} $(PYTHON) -m pytest tests/guest --junit-xml target/torture.xml
+	MICROVM_TORTURE_SECONDS=$${TORTURE_SECONDS:-120} MICROVM_TORTURE_REPORT=target/torture.txt $(PYTHON) -m pytest tests/guest
 	$(PYTHON) tests/guest/outside.py stress-ng --json target/stress-ng.json
 	$(PYTHON) tests/guest/outside.py cpython --json target/cpython.json
 
